@@ -170,16 +170,16 @@ __device__ __forceinline__ void emit_cluster(const float* out, float* sums, Epil
     const int first = worker % PARTS * OUT_COLUMNS;  // the same each time
     static_assert(2 * GROUP_WARPS % PARTS == 0, "a warp's columns stay the same");
     auto row_of = [&](int at) { return at / PARTS * 4 + lane / 8; };
-    // What does not need the others comes before they are waited for.
+    // What does not need the others comes before they are waited for, and loads after the arrival, which waits for loads.
     epilogue.clear(sums);
     auto columns = epilogue.columns(first + (odd * 4 + lane % 8 / 2) * 8);
-    auto fetched = columns.fetch(row_of(worker));
     int from[MAX_CLUSTER];
 #pragma unroll
     for (int i = 0; i < MAX_CLUSTER; i++) from[i] = rank + i < blocks ? rank + i : rank + i - blocks;
     keep(from);
     __syncwarp();  // a warp arrives as one
     cluster_arrive();
+    auto fetched = columns.fetch(row_of(worker));
     cluster_wait();
     // Lane 0 has the first of a warp's columns.
     if (__shfl_sync(0xffffffffu, columns.count, 0) > 0) columns.finish_together([&](auto&& take) {
@@ -213,7 +213,7 @@ __device__ __forceinline__ void emit_cluster(const float* out, float* sums, Epil
     });
     epilogue.end(columns, sums);
     __syncwarp();
-    cluster_arrive();
+    cluster_arrive_relaxed();
     cluster_wait();  // the others have read this block's
 }
 

@@ -175,13 +175,15 @@ __device__ __forceinline__ uint4 pack8(const float (&x)[8]) {
 // Without one a block is a cluster by itself. cluster_arrive and cluster_wait are the two halves of a barrier for all
 // threads of all blocks: what was done before the arrival is there after the wait, in shared memory of other blocks too.
 // Each half is one instruction for the whole warp. Before a block reads another's shared memory, all must have met once,
-// since the other may not have begun. They must meet again after the last read, since the other may end.
+// since the other may not have begun. They must meet again after the last read, since the other may end. There
+// cluster_arrive_relaxed will do: it has no writes wait to be seen, which takes as long as a store to global memory.
 
 #ifdef SIMT_EMULATOR
 
 inline unsigned cluster_rank() { return simt::cluster_rank(); }
 inline unsigned cluster_size() { return simt::cluster_size(); }
 inline void cluster_arrive(SIMT_WHERE) { simt::cluster_arrive(at); }
+inline void cluster_arrive_relaxed(SIMT_WHERE) { simt::cluster_arrive(at); }
 inline void cluster_wait(SIMT_WHERE) { simt::cluster_wait(at); }
 template <int OFFSET>
 inline uint4 load16_of(const void* p, unsigned rank, SIMT_WHERE) {
@@ -202,6 +204,7 @@ __device__ __forceinline__ unsigned cluster_size() {
     return size;
 }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // Reads 16 bytes, aligned to 16, of the shared memory of the block with this rank, OFFSET bytes behind where p points to in
 // this block's. The address is a generic one: with one of shared memory, each load would read a special register.

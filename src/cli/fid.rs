@@ -96,7 +96,7 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
     let data = Dataset::open(&args.data, args.split).context("--data")?;
     let count = data.len().min(args.images.map_or(usize::MAX, |images| images as usize));
     ensure!(count > 1, "{}: {count} image, expected 2 at least", args.data.display());
-    let references = References { args: &args, data, count, sampler };
+    let mut references = References { args: &args, data, count, sampler };
     let device = args.device.open()?;
     let (source, count) = references.source(&device)?;
     let mut viewer = viewer(&args, &references.data, &device)?;
@@ -184,7 +184,7 @@ impl References<'_> {
     }
 
     /// What is compared with the dataset, and how many images that is.
-    fn source(&self, device: &Device) -> anyhow::Result<(Source, usize)> {
+    fn source(&mut self, device: &Device) -> anyhow::Result<(Source, usize)> {
         let args = self.args;
         if let Some(dir) = &args.generated {
             let files = OutDir::pictures(dir).context("--generated")?;
@@ -195,6 +195,9 @@ impl References<'_> {
         let model = args.model.as_ref().context("--model is missing")?;
         let mut pipeline = Pipeline::load(device, model).context("--model")?;
         pipeline.warnings().iter().for_each(|warning| note!("warning: --model {warning}"));
+        if pipeline.cannot_guide() {
+            args.sampler.without_guide(&mut self.sampler).iter().for_each(|text| note!("{text}"));
+        }
         let dir = args.data.display();
         Domain::of_dataset(&self.data).check(&dir, &pipeline.domain(), model.display())?;
         let count = args.count as usize;

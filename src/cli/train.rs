@@ -51,8 +51,8 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
     /// Directory of the run: checkpoints, snapshots, statistics
-    #[arg(long, value_name = "DIR")]
-    outdir: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
+    outdir: Option<PathBuf>,
     /// Network and training settings by name, such as edm2-img512-xs
     #[arg(long, value_name = "NAME", conflicts_with = "config", required_unless_present_any = ["config", "init"])]
     preset: Option<String>,
@@ -328,8 +328,8 @@ fn check_memory(args: &TrainArgs, config: &Config, data: &Dataset, on_gpu: bool)
 
 /// The model to start from, and the identity of its file, which the run notes. A run that has begun needs only the
 /// network, which its checkpoints know, so by then the file may be gone.
-fn start(path: &Path, outdir: &Path) -> anyhow::Result<(Model, Identity)> {
-    let begun = || checkpoint::list(outdir).ok()?.iter().find_map(|path| Checkpoint::open(path).ok());
+fn start(path: &Path, outdir: Option<&Path>) -> anyhow::Result<(Model, Identity)> {
+    let begun = || checkpoint::list(outdir?).ok()?.iter().find_map(|path| Checkpoint::open(path).ok());
     if !path.exists()
         && let Some(Checkpoint {
             state: State { settings: Settings { init: Some(init), config, seed, .. }, .. }, ..
@@ -354,7 +354,7 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     let on_gpu = device.runtime().is_some();
     let mut notes = Vec::new();
     let preset = args.preset.as_deref().map(preset).transpose()?;
-    let init = args.init.as_ref().map(|path| start(path, &args.outdir)).transpose()?;
+    let init = args.init.as_ref().map(|path| start(path, args.outdir.as_deref())).transpose()?;
     let (init, start) = init.map_or((None, None), |(model, identity)| (Some(model), Some(identity)));
     let config = network(args, data, preset.as_ref(), init.as_ref())?;
     check_memory(args, &config, data, on_gpu)?;
@@ -367,6 +367,9 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     ensure!(!mirrored, "--flip: the images are latents, and mirrored ones are not those of the mirrored picture");
     let settings = settings(args, data, config, preset.as_ref(), start)?;
     settings.validate()?;
+    if settings.config.label_dim > 0 && settings.cond_dropout == 0.0 {
+        notes.push("every image keeps its condition, so the model can be drawn from without guidance only (--cond-dropout)".to_owned());
+    }
 
     let recipe = preset.as_ref().and_then(|preset| preset.recipe);
     let mut execution = execution(args, &settings, device, recipe)?;
@@ -451,7 +454,7 @@ fn execution(
     device: &Device,
     recipe: Option<Recipe>,
 ) -> anyhow::Result<Execution> {
-    let usual = Execution::new(&args.outdir, settings, device);
+    let usual = Execution::new(args.outdir.clone().unwrap_or_default(), settings, device);
     // With an autoencoder a grid costs its pictures, too.
     let with_pictures = |path| {
         let [height, width, _] = settings.data.shape;

@@ -84,6 +84,10 @@ pub struct ModelMeta {
     /// Images seen in training.
     #[serde(default)]
     pub images_seen: u64,
+    /// The share of these that was shown without a condition at last; `None` if unknown. If it is 0, the network does not know
+    /// what no condition is, so guidance cannot lead away from that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cond_dropout: Option<f64>,
     /// Relative standard deviation of the moving average that the weights are, if they are one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ema_std: Option<f64>,

@@ -249,6 +249,12 @@ impl Pipeline {
         std::mem::take(&mut self.warnings)
     }
 
+    /// Whether the model has never seen an image without its condition, as far as its file says, and there is no other network.
+    /// Then guidance has nothing to lead away from but negative prompts, and pictures get worse by it.
+    pub fn cannot_guide(&self) -> bool {
+        self.net.config.label_dim > 0 && self.guide.is_none() && self.meta.cond_dropout == Some(0.0)
+    }
+
     /// The device that computes.
     pub fn device(&self) -> &Device {
         &self.device

@@ -72,6 +72,9 @@ impl Painter {
         for offer in offers {
             let mut pipeline = open(&device, &files, offer)?;
             pipeline.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
+            if pipeline.cannot_guide() {
+                say(&format!("warning: {} was trained without --cond-dropout: guidance other than 1 makes its pictures worse", offer.path.display()));
+            }
             loaded.push((offer.clone(), pipeline));
         }
         let linear = match &files.vae {

@@ -518,14 +518,22 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         Ok(())
     }
 
+    fn meta_now(&self) -> ModelMeta {
+        let nimg = self.state.nimg;
+        ModelMeta {
+            images_seen: nimg,
+            cond_dropout: Some(self.settings.cond_dropout_after(nimg)),
+            ..self.meta.clone()
+        }
+    }
+
     /// Writes a moving average parameter by parameter. Ranks of one machine share its memory, and may write at once.
     fn write_average(&mut self, i: usize, path: &Path) -> Result<(), TrainError> {
         let meta = ModelMeta {
-            images_seen: self.state.nimg,
             ema_std: Some(self.settings.ema[i]),
             options: Some(self.settings.fingerprint()),
             began_from: self.settings.began_from(),
-            ..self.meta.clone()
+            ..self.meta_now()
         };
         let table = self.backend.table().clone();
         let mut file = ModelWriter::create(path, &self.settings.config, &meta, &table, Stored::F16)?;
@@ -539,8 +547,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     fn checkpoint(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let dir = &self.execution.outdir;
         let path = checkpoint::path(dir, self.state.nimg);
-        let meta = ModelMeta { images_seen: self.state.nimg, ..self.meta.clone() };
-        match checkpoint::save(&path, self.backend, &meta, &self.state) {
+        match checkpoint::save(&path, self.backend, &self.meta_now(), &self.state) {
             Err(e @ CheckpointError::NotFinite { .. }) => return Err(self.diverged(e.to_string())),
             other => other?,
         }

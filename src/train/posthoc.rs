@@ -248,7 +248,7 @@ impl Reconstruction {
 /// metadata.
 fn differences(a: &ModelFile, b: &ModelFile) -> String {
     let entries = |file: &ModelFile| {
-        let mut meta = ModelMeta { images_seen: 0, ema_std: None, ..file.meta.clone() };
+        let mut meta = ModelMeta { images_seen: 0, cond_dropout: None, ema_std: None, ..file.meta.clone() };
         meta.settle(&a.meta);
         [serde_json::to_value(&file.net.config), serde_json::to_value(meta)].map(Result::unwrap_or_default)
     };

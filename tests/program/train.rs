@@ -768,6 +768,49 @@ fn that_latents_have_no_sample_grids_is_said_once() {
     assert!(!succeed(&mut place.train("quiet", &format!("{options} --grid 0"))).contains(note));
 }
 
+/// Guidance leads away from no condition, and what that is a network only knows if it was shown.
+#[test]
+fn a_model_that_always_saw_conditions_is_drawn_from_without_guidance() {
+    let place = Place::new();
+    let options = "--duration 48 --batch 8 --snapshot 24 --grid 0 --validate 0 --ema 0.1";
+    let said = succeed(&mut place.train("always", options));
+    assert!(said.contains("every image keeps its condition"), "{said}");
+    // Its later half is shown without conditions at times.
+    let said = succeed(&mut place.train("late", &format!("{options} --cond-dropout 0.5 --cond-dropout-from 24")));
+    assert!(!said.contains("every image keeps its condition"), "{said}");
+    let of = |run: &str, nimg: usize| format!("{run}/snapshot-{nimg:09}-0.100.safetensors");
+    let dropout = |name: &str| Model::load(place.path(name)).unwrap().meta.cond_dropout;
+    assert_eq!([of("always", 48), of("late", 24), of("late", 48)].map(|name| dropout(&name)), [Some(0.0), Some(0.0), Some(0.5)]);
+
+    let sample = |model: &str, out: &str, more: &str| {
+        let line = format!("sample --model {model} --outdir {out} --tags t1 --steps 2 {more}");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_edm2k"));
+        command.current_dir(place.dir()).args(line.split_whitespace());
+        let said = succeed(&mut command);
+        (said, fs::read(place.path(&format!("{out}/000000.png"))).unwrap())
+    };
+    let (said, usual) = sample(&of("always", 48), "usual", "");
+    assert!(said.contains("trained without --cond-dropout") && said.contains("--guidance 1"), "{said}");
+    let (said, unguided) = sample(&of("always", 48), "unguided", "--guidance 1");
+    assert!(!said.contains("cond-dropout"), "{said}");
+    assert_eq!(pixels(&usual), pixels(&unguided));
+    let (said, asked) = sample(&of("always", 48), "asked", "--guidance 5");
+    assert!(said.contains("warning: the model was trained without --cond-dropout"), "{said}");
+    assert_ne!(pixels(&asked), pixels(&unguided));
+    // With another network, or a negative prompt, there is something to lead away from.
+    for (out, more) in [("with-net", format!("--gnet {}", of("late", 24))), ("negative", "--negative t2".to_owned())] {
+        let (said, _) = sample(&of("always", 48), out, &more);
+        assert!(!said.contains("cond-dropout"), "{said}");
+    }
+    let (said, _) = sample(&of("late", 48), "late-usual", "");
+    assert!(!said.contains("cond-dropout"), "{said}");
+}
+
+/// The pixels of a PNG file.
+fn pixels(png: &[u8]) -> Vec<u8> {
+    image::load_from_memory(png).unwrap().into_rgb8().into_raw()
+}
+
 #[test]
 fn fine_tuning_names_the_parameters_that_start_afresh() {
     let place = Place::new();
@@ -808,6 +851,10 @@ fn a_dry_run_says_everything_and_writes_nothing() {
     assert_eq!(json["execution"]["batch_gpu"], 4);
     assert!(json["memory_bytes"]["activations"].as_u64().unwrap() > 0);
     assert!(!place.path("run").exists());
+    let mut nowhere = Command::new(env!("CARGO_BIN_EXE_edm2k"));
+    nowhere.args(["train", "--dry-run", "--duration", "1500", "--data"]).arg(place.path("data")).arg("--config").arg(place.path("config.json"));
+    let without: Value = serde_json::from_str(&succeed(&mut nowhere)).unwrap();
+    assert_eq!(without["parameters"], json["parameters"]);
 
     let recipe = "--preset 1girl-xs --cond-dropout 0.05 --cond-dropout-from 9M -n";
     let json: Value = serde_json::from_str(&succeed(&mut place.train("run", recipe))).unwrap();

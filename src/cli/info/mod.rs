@@ -165,6 +165,9 @@ impl<'a> NetworkReport<'a> {
             if meta.images_seen > 0 {
                 out!("trained on     {} images", meta.images_seen);
             }
+            if let Some(share) = meta.cond_dropout.filter(|_| self.config.label_dim > 0) {
+                out!("guidance       {} of the last images had no condition (--cond-dropout)", share);
+            }
             if let Some(data) = meta.data {
                 out!("data           {data} (fingerprint of the training split)");
             }

@@ -227,6 +227,20 @@ impl SamplerArgs {
         config.validate()?;
         Ok(config)
     }
+
+    /// Where guidance has nothing to lead away from ([`Pipeline::cannot_guide`]), there is none unless it was asked for. What
+    /// to say then.
+    pub fn without_guide(&self, config: &mut SamplerConfig) -> Option<String> {
+        let why = "the model was trained without --cond-dropout, and there is no network to guide away from";
+        match self.guidance {
+            Some(1.0) => None,
+            Some(_) => Some(format!("warning: {why}: --guidance makes pictures worse")),
+            None => {
+                config.guidance = 1.0;
+                Some(format!("{why}: --guidance 1"))
+            }
+        }
+    }
 }
 
 /// A type of its own, as clap takes a plain vector for a repeated option.
@@ -299,6 +313,9 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     if let Some(vae) = &args.vae {
         pipeline = pipeline.with_codec(vae).context("--vae")?;
         warn(&mut pipeline, ranks, "--vae ");
+    }
+    if pipeline.cannot_guide() && wanted.iter().any(|(condition, _)| condition.away.is_empty()) {
+        args.sampler.without_guide(&mut sampler).iter().filter(|_| ranks.first()).for_each(|text| note!("{text}"));
     }
     let guided = sampler.guidance != 1.0;
     ensure!(
