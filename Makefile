@@ -1,4 +1,5 @@
-# `make` lists what there is to do. Each target does its own set-up; Rust and Python are all it needs.
+# `make` lists what there is to do. Each target does its own set-up. It needs Rust and Python, and where kernels are compiled
+# g++ and Python's venv.
 
 CARGO ?= cargo
 
