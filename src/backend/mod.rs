@@ -105,7 +105,7 @@ pub enum BackendError {
     /// The backend was created without training state (gradients, moments, averages).
     #[error("{0:?} is not held: the network was loaded for sampling only")]
     NotTraining(Slot),
-    #[error(transparent)]
+    #[error("{0}")]
     Device(#[from] DeviceError),
 }
 

@@ -66,7 +66,7 @@ pub const TAESD_SCALE: f32 = 0.18215;
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum CodecError {
-    #[error(transparent)]
+    #[error("{0}")]
     File(#[from] SafeError),
     #[error(
         "{}: neither an SD-VAE nor a TAESD (expected a tensor decoder.conv_in.weight or decoder.layers.0.weight)",
@@ -86,7 +86,7 @@ pub enum CodecError {
          try --precision bf16, or --device cpu"
     )]
     Overflow,
-    #[error(transparent)]
+    #[error("{0}")]
     Backend(#[from] BackendError),
 }
 

@@ -129,7 +129,7 @@ const LOCK_FILE: &str = ".edm2k.lock";
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum LockError {
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     #[error("{}: another run is writing here", dir.display())]
     Busy { dir: PathBuf },

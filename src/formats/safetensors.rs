@@ -45,7 +45,7 @@ const METADATA: &str = "__metadata__";
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum SafeError {
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     #[error("{}: not a whole safetensors file: {what}", path.display())]
     Malformed { path: PathBuf, what: String },

@@ -12,7 +12,7 @@ use super::{At, FileError, input};
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum ZipError {
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     #[error("{}: not a usable zip archive: {what}", path.display())]
     Malformed { path: PathBuf, what: String },

@@ -147,7 +147,7 @@ impl ModelMeta {
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum ModelError {
-    #[error(transparent)]
+    #[error("{0}")]
     File(#[from] SafeError),
     /// An entry of the metadata is missing or malformed.
     #[error("{}: metadata \"{key}\": {what}", path.display())]

@@ -42,7 +42,7 @@ const MAX_SIDE: usize = 4096;
 pub enum OnnxError {
     #[error("{}: this edm2k was built without ONNX (cargo feature `onnx`)", path.display())]
     NotBuilt { path: PathBuf },
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     #[error("{}: not an ONNX file: {what}", path.display())]
     NotOnnx { path: PathBuf, what: String },

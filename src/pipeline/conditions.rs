@@ -168,19 +168,19 @@ pub enum ConditionError {
     Row { path: PathBuf, row: usize, what: &'static str },
     #[error("{}: what its conditions mean: {why}", path.display())]
     Meaning { path: PathBuf, why: String },
-    #[error(transparent)]
+    #[error("{0}")]
     Mismatch(#[from] Mismatch),
-    #[error(transparent)]
+    #[error("{0}")]
     Vocabulary(#[from] VocabularyError),
-    #[error(transparent)]
+    #[error("{0}")]
     Vae(#[from] VaeError),
-    #[error(transparent)]
+    #[error("{0}")]
     Dataset(#[from] DatasetError),
-    #[error(transparent)]
+    #[error("{0}")]
     Tagger(#[from] OnnxError),
-    #[error(transparent)]
+    #[error("{0}")]
     File(#[from] SafeError),
-    #[error(transparent)]
+    #[error("{0}")]
     Npy(#[from] NpyError),
 }
 

@@ -61,11 +61,11 @@ pub(crate) const SOFTWARE: &str = concat!("edm2k ", env!("CARGO_PKG_VERSION"));
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum PipelineError {
-    #[error(transparent)]
+    #[error("{0}")]
     Model(#[from] ModelError),
-    #[error(transparent)]
+    #[error("{0}")]
     Condition(#[from] ConditionError),
-    #[error(transparent)]
+    #[error("{0}")]
     Mismatch(#[from] Mismatch),
     #[error("{} makes no latents of an SD-VAE, but pixels", model.display())]
     NoLatents { model: PathBuf },
@@ -81,17 +81,17 @@ pub enum PipelineError {
     NoCodec { model: PathBuf },
     #[error("{}: an image of shape {found:?}, expected {expected:?}", path.display())]
     Shape { path: PathBuf, found: Vec<usize>, expected: [usize; 3] },
-    #[error(transparent)]
+    #[error("{0}")]
     File(#[from] SafeError),
-    #[error(transparent)]
+    #[error("{0}")]
     Memory(#[from] TooLarge),
-    #[error(transparent)]
+    #[error("{0}")]
     Codec(#[from] CodecError),
-    #[error(transparent)]
+    #[error("{0}")]
     Sample(#[from] SampleError),
-    #[error(transparent)]
+    #[error("{0}")]
     NotTwo(#[from] NotTwo),
-    #[error(transparent)]
+    #[error("{0}")]
     Backend(#[from] BackendError),
     #[error("latents have no picture")]
     NoPicture,

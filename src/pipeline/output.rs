@@ -21,7 +21,7 @@ use crate::pictures::{Picture, decode};
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum OutputError {
-    #[error(transparent)]
+    #[error("{0}")]
     Lock(#[from] LockError),
     #[error("{} exists", path.display())]
     Exists { path: PathBuf },
@@ -29,11 +29,11 @@ pub enum OutputError {
     Directory { path: PathBuf },
     #[error("{}: somebody else has made it meanwhile", path.display())]
     Meanwhile { path: PathBuf },
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
-    #[error(transparent)]
+    #[error("{0}")]
     Png(#[from] PngError),
-    #[error(transparent)]
+    #[error("{0}")]
     Latents(#[from] SafeError),
 }
 

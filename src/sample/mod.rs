@@ -217,7 +217,7 @@ pub enum SampleError {
     /// A setting makes no sense.
     #[error("{name} = {found}, expected {expected}")]
     Setting { name: &'static str, found: String, expected: String },
-    #[error(transparent)]
+    #[error("{0}")]
     Size(#[from] ConfigError),
     /// The conditions do not fit the network or the seeds.
     #[error("conditions: {found} values, expected {images} images times the network's {width}, or none")]
@@ -227,7 +227,7 @@ pub enum SampleError {
     /// The guiding network does not go with the network.
     #[error("the guiding network has {what} {found}, expected {expected}")]
     GuidingNetwork { what: &'static str, found: usize, expected: usize },
-    #[error(transparent)]
+    #[error("{0}")]
     Backend(#[from] BackendError),
     /// Somebody who saw a step wanted no more.
     #[error("stopped")]

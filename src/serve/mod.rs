@@ -143,7 +143,7 @@ pub struct Options {
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum ServeError {
-    #[error(transparent)]
+    #[error("{0}")]
     Unsafe(#[from] Unsafe),
     #[error("{address}: {cause}")]
     Listen { address: SocketAddr, cause: io::Error },
@@ -155,13 +155,13 @@ pub enum ServeError {
     NoPicture { model: PathBuf, channels: usize },
     #[error("{}: goes with none of the models{}", path.display(), why.as_ref().map_or(String::new(), |why| format!(": {why}")))]
     Unused { path: PathBuf, why: Option<String> },
-    #[error(transparent)]
+    #[error("{0}")]
     Model(#[from] ModelError),
-    #[error(transparent)]
+    #[error("{0}")]
     ConditionModel(#[from] VaeError),
-    #[error(transparent)]
+    #[error("{0}")]
     Codec(#[from] CodecError),
-    #[error(transparent)]
+    #[error("{0}")]
     Pipeline(#[from] PipelineError),
     #[error("the thread that speaks HTTP: {0}")]
     Http(io::Error),

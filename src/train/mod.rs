@@ -97,19 +97,19 @@ use stats::StatsFile;
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum TrainError {
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
-    #[error(transparent)]
+    #[error("{0}")]
     Checkpoint(#[from] CheckpointError),
-    #[error(transparent)]
+    #[error("{0}")]
     Model(#[from] ModelError),
-    #[error(transparent)]
+    #[error("{0}")]
     Data(#[from] DatasetError),
-    #[error(transparent)]
+    #[error("{0}")]
     Validation(#[from] validation::ValidationError),
-    #[error(transparent)]
+    #[error("{0}")]
     Grid(#[from] grid::GridError),
-    #[error(transparent)]
+    #[error("{0}")]
     Backend(#[from] BackendError),
     /// The run that is to be resumed had other settings.
     #[error("{} was made with other options: {differences}. Give the same, or take another directory", path.display())]
@@ -120,11 +120,11 @@ pub enum TrainError {
          images: begin another, from a snapshot of this one", path.display()
     )]
     Grown { path: PathBuf, then: usize, then_print: Fingerprint, now: usize, now_print: Fingerprint },
-    #[error(transparent)]
+    #[error("{0}")]
     Lock(#[from] LockError),
-    #[error(transparent)]
+    #[error("{0}")]
     Setting(#[from] SettingError),
-    #[error(transparent)]
+    #[error("{0}")]
     Ranks(#[from] CollectiveError),
     /// Some ranks would have nothing to do.
     #[error("a batch of {batch} images, expected one at least for each of {ranks} ranks")]
