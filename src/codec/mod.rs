@@ -292,14 +292,14 @@ impl CodecFile {
         Ok(net.macs(&table, (height * width) as u64))
     }
 
-    /// Bytes that decoding a latent of [height, width] holds at once, at least: two of the last level's activations.
-    pub fn decoder_bytes(&self, [height, width]: [usize; 2]) -> u128 {
+    /// Bytes that decoding holds at once for each value of a latent's channel, at least: two of the last level's
+    /// activations.
+    pub fn decoder_bytes(&self) -> u128 {
         let channels = match &self.architecture {
             Architecture::SdVae(config) => config.channels[0],
             Architecture::Taesd { channels, .. } => *channels,
         };
-        let pixels = (height * self.factor()) as u128 * (width * self.factor()) as u128;
-        2 * 4 * pixels * channels as u128
+        2 * 4 * (self.factor() as u128).pow(2) * channels as u128
     }
 
     /// Its kind.

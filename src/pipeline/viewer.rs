@@ -20,7 +20,8 @@ debug!(Viewer {});
 
 /// An autoencoder's decoder on a device.
 struct Decoder {
-    file: CodecFile,
+    /// Bytes that it needs for each value of a latent's channel.
+    bytes: u128,
     decode: Box<Decode>,
 }
 
@@ -45,7 +46,7 @@ impl Viewer {
         let file = CodecFile::open(path)?;
         let warning = file.check_latents(of, made_by)?;
         let decode = device.run(Decoding(&file))?;
-        Ok((Self { decoder: Some(Decoder { file, decode }) }, warning))
+        Ok((Self { decoder: Some(Decoder { bytes: file.decoder_bytes(), decode }) }, warning))
     }
 
     /// A viewer for the images of a dataset that messages call `of`, in all its sizes. None if they are latents and
@@ -80,7 +81,8 @@ impl Viewer {
     /// [`TooLarge`].
     pub fn check(&self, size: [usize; 2]) -> Result<(), TooLarge> {
         let Some(decoder) = &self.decoder else { return Ok(()) };
-        memory::check(format!("decoding latents of {}x{}", size[1], size[0]), decoder.file.decoder_bytes(size))
+        let needed = decoder.bytes * size[0] as u128 * size[1] as u128;
+        memory::check(format!("decoding latents of {}x{}", size[1], size[0]), needed)
     }
 
     /// The picture of an image [height, width, channels].
