@@ -839,6 +839,7 @@ fn rows_lead_from_one_image_to_another_and_images_from_pictures() {
 }
 
 #[test]
+    bench.fails("--outdir e --from drawing.png --size 65536x65536", "a batch of 1 images of 65536x65536 needs ");
 fn invented_conditions_are_mixed() {
     let bench = Bench::new();
     let tags = ["cat", "dog", "heart", "red", "smiling face"].map(|tag| Tag { tag: tag.into(), count: 1 });
