@@ -171,7 +171,10 @@ pub enum ModelError {
     #[error("{}: tensor {name} is not a parameter of the network that the file's config describes", path.display())]
     Unknown { path: PathBuf, name: String },
     /// A weight is infinite or not a number, or does not fit the element type that it is to be saved in.
-    #[error("{}: tensor {name}: found {value} at {at}, expected finite {dtype} numbers", path.display())]
+    #[error(
+        "{}: tensor {name}: found {value} at {at}, expected finite {dtype} numbers{}", path.display(),
+        if value.is_finite() { ", which are smaller" } else { "" }
+    )]
     NotFinite { path: PathBuf, name: String, at: usize, value: f32, dtype: Dtype },
 }
 
@@ -336,7 +339,7 @@ impl ModelFile {
     pub fn values(&self, id: ParamId) -> Result<Vec<f32>, ModelError> {
         let name = &self.table[id].name;
         let values = self.file.f32(name)?;
-        check_finite(self.path(), name, &values, self.file.dtype(name)?)?;
+        check_finite(self.path(), name, &values, &values, self.file.dtype(name)?)?;
         Ok(values)
     }
 }
@@ -506,11 +509,11 @@ impl<'a> ModelWriter<'a> {
             Stored::F16 => {
                 let halves: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
                 let rounded: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
-                check_finite(&self.path, name, &rounded, Dtype::F16)?;
+                check_finite(&self.path, name, values, &rounded, Dtype::F16)?;
                 halves.iter().flat_map(|x| x.to_le_bytes()).collect()
             }
             Stored::F32 => {
-                check_finite(&self.path, name, values, Dtype::F32)?;
+                check_finite(&self.path, name, values, values, Dtype::F32)?;
                 values.iter().flat_map(|x| x.to_le_bytes()).collect()
             }
         };
@@ -535,8 +538,9 @@ fn what_instead(file: &SafeFile) -> Option<Instead> {
     }
 }
 
-fn check_finite(path: &Path, name: &str, values: &[f32], dtype: Dtype) -> Result<(), ModelError> {
-    match not_finite(values) {
+/// Checks that `values`, which are `rounded` in a file, are finite numbers there.
+fn check_finite(path: &Path, name: &str, values: &[f32], rounded: &[f32], dtype: Dtype) -> Result<(), ModelError> {
+    match not_finite(rounded) {
         None => Ok(()),
         Some(at) => Err(ModelError::NotFinite { path: path.into(), name: name.into(), at, value: values[at], dtype }),
     }

@@ -504,7 +504,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let (rank, writers) = (self.ranks.rank(), self.writers);
         for (i, path) in paths.iter().enumerate().filter(|(i, _)| i % writers == rank) {
             match self.write_average(i, path) {
-                Err(TrainError::Model(ModelError::NotFinite { name, value, .. })) => {
+                Err(TrainError::Model(ModelError::NotFinite { name, value, .. })) if !value.is_finite() => {
                     return Err(self.diverged(format!("an average of {name} is {value:e}")));
                 }
                 other => other?,
