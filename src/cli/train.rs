@@ -210,9 +210,10 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
     }
     notes.iter().for_each(|note| above(&bar, note));
     let (mut seen, mut saved) = (None, false);
+    let say = |text: &str| if rank > 0 { note!("rank {rank}: {text}") } else { above(&bar, text) };
     let mut show = |event: Event| match event {
-        Event::Note(text) if rank > 0 => note!("rank {rank}: {text}"),
-        Event::Note(text) => above(&bar, &text),
+        Event::Note(text) => say(&text),
+        Event::Fewer(text) => say(&format!("{text}; --batch-gpu sets how many")),
         Event::Saved(path) => {
             saved = true;
             above(&bar, &format!("wrote {}", path.display()));

@@ -163,6 +163,8 @@ pub enum Event<'a> {
     Status(&'a Status),
     /// A file was written to its end. Rank 0 reports those of all ranks.
     Saved(&'a Path),
+    /// The device has no memory for as many images at a time as before: a line that says so.
+    Fewer(String),
     /// Something else worth a line.
     Note(String),
 }
@@ -459,7 +461,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         self.backend.make_effective(Slot::Ema(0), Normalization::Eval)?;
         let mut batch = self.batch_aside.min(self.batch_gpu);
         let mut halved = |why: &dyn std::fmt::Display, n: usize| {
-            event(Event::Note(format!("warning: {why}; going on with {n} images at a time beside training")));
+            event(Event::Fewer(format!("warning: {why}; going on with {n} images at a time beside training")));
         };
         let done = work(self, &mut batch, &mut halved);
         self.batch_aside = batch;
