@@ -161,11 +161,13 @@ impl SamplerConfig {
         number(self.guidance.abs() <= 1e6, "guidance", self.guidance, "-1000000 to 1000000")?;
         if let Some((low, high)) = self.guidance_interval {
             let found = format!("{},{}", short(low), short(high));
-            check(0.0 <= low && low < high, "guidance interval", found, "0 <= low < high")?;
+            // JSON has no infinity.
+            let ok = 0.0 <= low && low < high && high.is_finite();
+            check(ok, "guidance interval", found, "finite numbers, 0 <= low < high")?;
         }
         let Churn { s_churn, s_min, s_max, s_noise } = self.churn;
         number(s_churn >= 0.0 && s_churn.is_finite(), "S_churn", s_churn, "a number from 0")?;
-        number(s_min >= 0.0, "S_min", s_min, "a number from 0")?;
+        number(s_min >= 0.0 && s_min.is_finite(), "S_min", s_min, "a number from 0")?;
         number(s_max >= s_min, "S_max", s_max, &format!("a number from S_min = {}", short(s_min)))?;
         number((0.0..=1e6).contains(&s_noise), "S_noise", s_noise, "0 to 1000000")?;
         if self.solver == Solver::Dpmpp2m {
