@@ -1,7 +1,7 @@
 //! The directory that images are written to.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -136,9 +136,8 @@ impl OutDir {
     pub fn note_others(&self, given: &Value) -> Result<()> {
         for number in (0..self.part.of).filter(|&number| number != self.part.number) {
             let path = self.dir.join(note_name(Part { number, ..self.part }));
-            match File::create_new(&path).and_then(|mut file| write!(file, "{given}")) {
-                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-                other => other.at(path)?,
+            if path.symlink_metadata().is_err() {
+                write_atomically(&path, |out| write!(out, "{given}")).at(path)?;
             }
         }
         Ok(())
