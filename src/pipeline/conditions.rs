@@ -306,9 +306,7 @@ impl Pipeline {
         let name = path.as_ref().display().to_string();
         let image = decode::open(path.as_ref(), Tagger::BACKGROUND);
         let image = image.map_err(|why| ConditionError::Picture { name: name.clone(), why: why.into() })?;
-        if let Some(profile) = image.unapplied {
-            self.warnings.push(format!("{name}: its colour profile ({profile}) cannot be applied; taken for sRGB"));
-        }
+        self.warnings.extend(image.warning(&name));
         self.like_picture(&image.picture, &name)
     }
 

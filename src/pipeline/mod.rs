@@ -217,10 +217,8 @@ impl Pipeline {
             return Ok(Beginning { values, name });
         }
         let wrong = |why: PictureError| PipelineError::Picture { path: path.into(), why: why.into() };
-        let image = decode::open(path, Tagger::BACKGROUND).map_err(wrong)?;
-        if let Some(profile) = image.unapplied {
-            self.warnings.push(format!("{name}: its colour profile ({profile}) cannot be applied; taken for sRGB"));
-        }
+        let image = decode::open(path, decode::WHITE).map_err(wrong)?;
+        self.warnings.extend(image.warning(&name));
         let codec = match (self.meta.encoder, &self.codec) {
             (ImageSpace::Rgb, _) => None,
             (ImageSpace::SdVae, Some(path)) => Some(CodecFile::open(path)?),
