@@ -288,9 +288,7 @@ fn network(args: &TrainArgs, data: &Dataset, preset: Option<&Preset>, init: Opti
         Some(path) => checked.with_context(|| path.display().to_string())?,
         None => checked?,
     }
-    let sizes = data.sizes();
-    let checked = sizes.iter().try_for_each(|[height, width]| config.check_size(*height, *width));
-    checked.with_context(|| format!("the dataset {}", args.data.display()))?;
+    config.check_sizes(&data.sizes()).with_context(|| format!("the dataset {}", args.data.display()))?;
     Ok(config)
 }
 

@@ -20,7 +20,7 @@ use super::config::{Config, ConfigError};
 use super::guess;
 use super::precond::Precond;
 use crate::backend::{BackendError, NetworkBackend, Slot, TrainingBackend};
-use crate::codec::{Autoencoder, CodecFile};
+use crate::codec::{Autoencoder, CodecFile, LATENTS};
 use crate::condition::vae;
 use crate::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
@@ -110,7 +110,7 @@ impl ModelMeta {
         Self {
             height: config.img_resolution,
             width: config.img_resolution,
-            encoder: if config.img_channels == 4 { ImageSpace::SdVae } else { ImageSpace::Rgb },
+            encoder: if config.img_channels == LATENTS { ImageSpace::SdVae } else { ImageSpace::Rgb },
             ..Self::default()
         }
     }

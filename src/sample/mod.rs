@@ -461,7 +461,7 @@ struct Scales<T> {
     labels: Option<T>,
     /// Images at each level.
     images: usize,
-    /// All levels that there will be, in their order.
+    /// All levels that there will be, in their order. Those of another one are made alone.
     levels: Vec<f64>,
     made: Vec<(f64, T)>,
 }
@@ -474,7 +474,10 @@ impl<T: Clone> Scales<T> {
         }
         let images = self.images;
         let to_come = self.levels.iter().skip_while(|&&level| level != sigma);
-        let levels: Vec<f64> = to_come.take((AHEAD / images).max(1)).copied().collect();
+        let mut levels: Vec<f64> = to_come.take((AHEAD / images).max(1)).copied().collect();
+        if levels.is_empty() {
+            levels.push(sigma);
+        }
         let made =
             b.planned::<BackendError>(&Ahead(levels.clone(), images), self.labels.as_slice(), &mut |b, labels| {
                 let each: Vec<f32> = levels.iter().flat_map(|&level| vec![level as f32; images]).collect();
