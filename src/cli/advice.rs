@@ -38,6 +38,8 @@ fn advice(error: &(dyn Error + 'static)) -> Option<&'static str> {
             return (*purpose != PARAMETERS).then_some("--batch sets how many, in training --batch-gpu");
         }
         Some(DeviceError::NotBuilt(_)) => return Some("--device cpu always is there"),
+        Some(DeviceError::NoLoop(_)) => return Some("--conv-loop names it"),
+        Some(DeviceError::Averages { .. }) => return Some("--ema names them"),
         _ => {}
     }
     if let Some(ConditionError::ClassOfTags { .. }) = error.downcast_ref() {
@@ -101,6 +103,8 @@ mod tests {
         for error in others {
             assert_eq!(format!("--model: {}", in_one_line(&error)), activations);
         }
+        let averages = TrainError::from(BackendError::from(DeviceError::Averages { found: 9, most: 8 }));
+        assert_eq!(in_one_line(&averages.into()), "9 moving averages, at most 8 on a GPU; --ema names them");
         let path = "run/checkpoint.safetensors".into();
         let checkpoint = Err::<(), _>(TrainError::from(ModelError::Checkpoint { path })).context("--init");
         let said = in_one_line(&checkpoint.unwrap_err());

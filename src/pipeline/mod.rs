@@ -42,7 +42,6 @@ use crate::backend::{BackendError, NetworkBackend};
 use crate::codec::{CodecError, CodecFile, LATENTS};
 use crate::condition::tagger::Tagger;
 use crate::condition::vae::Vae;
-use crate::data::prepare::encoder;
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::{Identity, name};
 use crate::formats::safetensors::{SafeError, SafeFile};
@@ -235,7 +234,7 @@ impl Pipeline {
         let values = match codec {
             None => picture.rgb().iter().copied().map(to_model).collect(),
             Some(codec) => {
-                let [mean, _] = encoder(&self.device, &codec)?(&picture)?;
+                let [mean, _] = self.device.encoder(&codec)?(&picture)?;
                 mean
             }
         };

@@ -3,10 +3,9 @@
 use std::path::Path;
 
 use super::PipelineError;
-use crate::backend::BackendError;
 use crate::codec::{Autoencoder, CodecError, CodecFile};
 use crate::data::dataset::{Dataset, Representation};
-use crate::device::{Backends, Device, Work};
+use crate::device::{Decode, Device};
 use crate::memory::{self, TooLarge};
 use crate::pictures::Picture;
 
@@ -24,8 +23,6 @@ struct Decoder {
     bytes: u128,
     decode: Box<Decode>,
 }
-
-type Decode = dyn FnMut([usize; 2], &[f32]) -> Result<Picture, CodecError>;
 
 impl Viewer {
     /// Of images that are pixels.
@@ -45,7 +42,7 @@ impl Viewer {
     ) -> Result<(Self, Option<String>), CodecError> {
         let file = CodecFile::open(path)?;
         let warning = file.check_latents(of, made_by)?;
-        let decode = device.run(Decoding(&file))?;
+        let decode = device.decoder(&file)?;
         Ok((Self { decoder: Some(Decoder { bytes: file.decoder_bytes(), decode }) }, warning))
     }
 
@@ -97,17 +94,5 @@ impl Viewer {
             None => Ok(Picture::from_model(size[0], size[1], image)),
             Some(decoder) => (decoder.decode)(size, image),
         }
-    }
-}
-
-struct Decoding<'a>(&'a CodecFile);
-
-impl Work for Decoding<'_> {
-    type Output = Result<Box<Decode>, CodecError>;
-
-    fn run<M: Backends>(self, backends: &M) -> Self::Output {
-        let mut b = backends.codec().map_err(BackendError::from)?;
-        let decoder = self.0.decoder(&mut b)?;
-        Ok(Box::new(move |size, latent| decoder.decode(&mut b, size, latent)))
     }
 }

@@ -325,8 +325,8 @@ impl<M: Backends> Session<'_, M> {
                 Ok(())
             }
             Err(
-                VerifyError::Backend(BackendError::Device(DeviceError::Unavailable(why)))
-                | VerifyError::Device(DeviceError::Unavailable(why)),
+                VerifyError::Backend(BackendError::Device(DeviceError::Unavailable(why) | DeviceError::NoLoop(why)))
+                | VerifyError::Device(DeviceError::Unavailable(why) | DeviceError::NoLoop(why)),
             ) => {
                 self.skip(name, why);
                 Ok(())
