@@ -292,8 +292,7 @@ impl CodecFile {
         Ok(net.macs(&table, (height * width) as u64))
     }
 
-    /// Bytes that decoding holds at once for each value of a latent's channel, at least: two of the last level's
-    /// activations.
+    /// Bytes that decoding holds at once for each place of a latent, at least: two of the last level's activations.
     pub fn decoder_bytes(&self) -> u128 {
         let channels = match &self.architecture {
             Architecture::SdVae(config) => config.channels[0],

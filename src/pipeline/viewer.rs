@@ -19,7 +19,7 @@ debug!(Viewer {});
 
 /// An autoencoder's decoder on a device.
 struct Decoder {
-    /// Bytes that it needs for each value of a latent's channel.
+    /// Bytes that it needs for each place of a latent.
     bytes: u128,
     decode: Box<Decode>,
 }
