@@ -9,8 +9,10 @@ use crate::backend::cpu::{Cpu, bf16_is_available};
 use crate::backend::gpu::engine::{Gpu, Loaded};
 use crate::backend::gpu::launch::{Math, Precision};
 use crate::backend::gpu::runtime::Runtime;
-use crate::backend::{DeviceError, NetworkBackend, TrainingBackend};
+use crate::backend::{BackendError, DeviceError, NetworkBackend, TrainingBackend};
+use crate::codec::{CodecError, CodecFile};
 use crate::params::ParamTable;
+use crate::pictures::Picture;
 use crate::system;
 
 /// What computes, as `--device` names it.
@@ -376,6 +378,50 @@ fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
 #[cfg(not(feature = "emulator"))]
 fn emulated() -> Result<Rc<dyn Runtime>, DeviceError> {
     Err(DeviceError::NotBuilt("this edm2k was built without the emulator (cargo feature `emulator`)".into()))
+}
+
+/// Mean and standard deviation of a picture's latents, [H / factor, W / factor, C] each, in the network's scale.
+pub type Encode = dyn FnMut(&Picture) -> Result<[Vec<f32>; 2], CodecError>;
+
+/// The picture of a latent [height, width], in the network's scale.
+pub type Decode = dyn FnMut([usize; 2], &[f32]) -> Result<Picture, CodecError>;
+
+impl Device {
+    /// An autoencoder's encoder on this device.
+    ///
+    /// # Errors
+    /// The file has none, or its weights are damaged; or the device's.
+    pub fn encoder(&self, file: &CodecFile) -> Result<Box<Encode>, CodecError> {
+        struct Encoding<'a>(&'a CodecFile);
+        impl Work for Encoding<'_> {
+            type Output = Result<Box<Encode>, CodecError>;
+
+            fn run<M: Backends>(self, backends: &M) -> Self::Output {
+                let mut b = backends.codec().map_err(BackendError::from)?;
+                let encoder = self.0.encoder(&mut b)?;
+                Ok(Box::new(move |picture| Ok(encoder.encode(&mut b, picture)?.scaled())))
+            }
+        }
+        self.run(Encoding(file))
+    }
+
+    /// An autoencoder's decoder on this device.
+    ///
+    /// # Errors
+    /// As [`Device::encoder`].
+    pub fn decoder(&self, file: &CodecFile) -> Result<Box<Decode>, CodecError> {
+        struct Decoding<'a>(&'a CodecFile);
+        impl Work for Decoding<'_> {
+            type Output = Result<Box<Decode>, CodecError>;
+
+            fn run<M: Backends>(self, backends: &M) -> Self::Output {
+                let mut b = backends.codec().map_err(BackendError::from)?;
+                let decoder = self.0.decoder(&mut b)?;
+                Ok(Box::new(move |size, latent| decoder.decode(&mut b, size, latent)))
+            }
+        }
+        self.run(Decoding(file))
+    }
 }
 
 #[cfg(test)]

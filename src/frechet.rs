@@ -40,11 +40,6 @@ impl FeatureStatistics {
         }
     }
 
-    /// Number of features.
-    pub fn count(&self) -> usize {
-        self.count
-    }
-
     /// Adds the features of an image.
     ///
     /// # Panics
@@ -199,7 +194,6 @@ mod tests {
         let values: Vec<f32> = normals(7, width * count).iter().map(|&x| (x + 1000.0) as f32).collect();
         let mut moments = FeatureStatistics::new(width);
         values.chunks(width).for_each(|row| moments.add(row));
-        assert_eq!(moments.count(), count);
         let (mean, covariance) = moments.gaussian();
         let column = |i: usize| values.iter().skip(i).step_by(width).map(|&x| f64::from(x));
         let average = |i| column(i).sum::<f64>() / count as f64;

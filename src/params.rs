@@ -5,6 +5,8 @@
 //! device allocates what the table lists and refers to it by [`ParamId`]. Files are read and written through the table
 //! too, so each name stands in exactly one place.
 
+use std::collections::HashMap;
+
 /// Weights of a and b in `mp_sum(a, b, t)` (EDM2 eq. 88): lerp, divided by the norm of its weights.
 pub fn mp_sum_weights(t: f64) -> (f64, f64) {
     let norm = ((1.0 - t) * (1.0 - t) + t * t).sqrt();
@@ -89,6 +91,7 @@ impl ParamSpec {
 #[derive(Clone, Debug, Default)]
 pub struct ParamTable {
     specs: Vec<ParamSpec>,
+    by_name: HashMap<String, ParamId>,
 }
 
 impl ParamTable {
@@ -130,8 +133,10 @@ impl ParamTable {
     }
 
     fn push(&mut self, name: String, shape: Vec<usize>, kind: ParamKind) -> ParamId {
+        let id = ParamId(self.specs.len());
+        self.by_name.insert(name.clone(), id);
         self.specs.push(ParamSpec { name, shape, kind, heads: 0, cat: None });
-        ParamId(self.specs.len() - 1)
+        id
     }
 
     /// Parameters with their ids, in order.
@@ -141,7 +146,7 @@ impl ParamTable {
 
     /// The parameter of this official name.
     pub fn find(&self, name: &str) -> Option<ParamId> {
-        self.specs.iter().position(|s| s.name == name).map(ParamId)
+        self.by_name.get(name).copied()
     }
 
     /// Number of parameters (tensors).

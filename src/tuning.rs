@@ -75,7 +75,7 @@ struct Written {
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum TuningError {
-    #[error(transparent)]
+    #[error("{0}")]
     File(#[from] FileError),
     #[error("{}: {what}; this table of tiles is not used, `edm2k tune` makes another", path.display())]
     Damaged { path: PathBuf, what: String },

@@ -89,6 +89,12 @@ pub enum DeviceError {
     /// It is there, but its driver does not work, or it cannot do what is asked.
     #[error("{0}")]
     Unavailable(String),
+    /// Its convolutions cannot run the loop that was asked for.
+    #[error("{0}")]
+    NoLoop(String),
+    /// Training would keep more moving averages than its kernels take.
+    #[error("{found} moving averages, at most {most} on a GPU")]
+    Averages { found: usize, most: usize },
     /// A kernel did something wrong, or the device was lost.
     #[error("{device}: {what}")]
     Failed { device: String, what: String },
@@ -105,7 +111,7 @@ pub enum BackendError {
     /// The backend was created without training state (gradients, moments, averages).
     #[error("{0:?} is not held: the network was loaded for sampling only")]
     NotTraining(Slot),
-    #[error(transparent)]
+    #[error("{0}")]
     Device(#[from] DeviceError),
 }
 

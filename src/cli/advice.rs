@@ -1,21 +1,14 @@
 //! Errors in one line, with the options that help: the library knows none of them.
 
 use std::error::Error;
-use std::iter::successors;
 
 use edm2k::DeviceError;
-use edm2k::backend::BackendError;
 use edm2k::backend::gpu::runtime::PARAMETERS;
-use edm2k::codec::CodecError;
 use edm2k::data::prepare::{Drop, PrepareError};
 use edm2k::model::ModelError;
 use edm2k::model::file::Instead;
-use edm2k::pipeline::{ConditionError, OutputError, PipelineError};
-use edm2k::sample::SampleError;
-#[cfg(feature = "serve")]
-use edm2k::serve::ServeError;
+use edm2k::pipeline::{ConditionError, OutputError};
 use edm2k::train::TrainError;
-use edm2k::train::validation::ValidationError;
 
 /// An error and its causes, but those that it quotes itself, and what to do about it.
 pub fn in_one_line(error: &anyhow::Error) -> String {
@@ -25,7 +18,7 @@ pub fn in_one_line(error: &anyhow::Error) -> String {
         if !line.contains(&text) {
             line += &format!("{}{text}", if line.is_empty() { "" } else { ": " });
         }
-        advised = advised.or_else(|| successors(Some(cause), |cause| within(*cause)).find_map(advice));
+        advised = advised.or_else(|| advice(cause));
     }
     match advised {
         Some(advice) => format!("{line}; {advice}"),
@@ -45,6 +38,8 @@ fn advice(error: &(dyn Error + 'static)) -> Option<&'static str> {
             return (*purpose != PARAMETERS).then_some("--batch sets how many, in training --batch-gpu");
         }
         Some(DeviceError::NotBuilt(_)) => return Some("--device cpu always is there"),
+        Some(DeviceError::NoLoop(_)) => return Some("--conv-loop names it"),
+        Some(DeviceError::Averages { .. }) => return Some("--ema names them"),
         _ => {}
     }
     if let Some(ConditionError::ClassOfTags { .. }) = error.downcast_ref() {
@@ -74,57 +69,42 @@ fn advice(error: &(dyn Error + 'static)) -> Option<&'static str> {
     }
 }
 
-/// The error that another one stands for, which is then none of its causes.
-fn within<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
-    match error.downcast_ref() {
-        Some(TrainError::Model(error)) => return Some(error),
-        Some(TrainError::Backend(error) | TrainError::Validation(ValidationError::Backend(error))) => {
-            return Some(error);
-        }
-        _ => {}
-    }
-    match error.downcast_ref() {
-        Some(PipelineError::Model(error)) => return Some(error),
-        Some(PipelineError::Condition(error)) => return Some(error),
-        Some(PipelineError::Codec(error)) => return Some(error),
-        Some(PipelineError::Sample(error)) => return Some(error),
-        Some(PipelineError::Backend(error)) => return Some(error),
-        _ => {}
-    }
-    #[cfg(feature = "serve")]
-    match error.downcast_ref() {
-        Some(ServeError::Model(error)) => return Some(error),
-        Some(ServeError::Codec(error)) => return Some(error),
-        Some(ServeError::Pipeline(error)) => return Some(error),
-        _ => {}
-    }
-    match (error.downcast_ref(), error.downcast_ref(), error.downcast_ref(), error.downcast_ref()) {
-        (Some(SampleError::Backend(error)), ..)
-        | (_, Some(CodecError::Backend(error)), ..)
-        | (_, _, Some(ValidationError::Backend(error)), _) => Some(error),
-        (.., Some(BackendError::Device(error))) => Some(error),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use anyhow::Context;
+    use edm2k::backend::BackendError;
+    use edm2k::codec::CodecError;
     use edm2k::memory::TooLarge;
+    use edm2k::pipeline::PipelineError;
+    use edm2k::sample::SampleError;
+    #[cfg(feature = "serve")]
+    use edm2k::serve::ServeError;
+    use edm2k::train::GridError;
 
     #[test]
     fn errors_within_others_have_their_advice() {
         let lacks = |purpose| {
             let (device, advice) = ("a card".into(), "take less");
-            let lacks = DeviceError::OutOfMemory { device, asked: None, purpose, free: 0, total: 0, advice };
-            let sampling = PipelineError::from(SampleError::from(BackendError::from(lacks)));
-            in_one_line(&anyhow::Error::from(sampling).context("--model"))
+            BackendError::from(DeviceError::OutOfMemory { device, asked: None, purpose, free: 0, total: 0, advice })
         };
-        let (activations, parameters) = (lacks("activations"), lacks(PARAMETERS));
+        let sampling = |purpose| {
+            in_one_line(&anyhow::Error::from(PipelineError::from(SampleError::from(lacks(purpose)))).context("--model"))
+        };
+        let (activations, parameters) = (sampling("activations"), sampling(PARAMETERS));
         assert!(activations.starts_with("--model: out of device memory: "), "{activations}");
         assert!(activations.ends_with("; take less; --batch sets how many, in training --batch-gpu"), "{activations}");
+        assert_eq!(activations.matches("out of device memory").count(), 1);
         assert!(parameters.ends_with("; take less"), "{parameters}");
+        let others: [anyhow::Error; 2] = [
+            PrepareError::from(CodecError::from(lacks("activations"))).into(),
+            TrainError::from(GridError::from(CodecError::from(lacks("activations")))).into(),
+        ];
+        for error in others {
+            assert_eq!(format!("--model: {}", in_one_line(&error)), activations);
+        }
+        let averages = TrainError::from(BackendError::from(DeviceError::Averages { found: 9, most: 8 }));
+        assert_eq!(in_one_line(&averages.into()), "9 moving averages, at most 8 on a GPU; --ema names them");
         let path = "run/checkpoint.safetensors".into();
         let checkpoint = Err::<(), _>(TrainError::from(ModelError::Checkpoint { path })).context("--init");
         let said = in_one_line(&checkpoint.unwrap_err());

@@ -15,10 +15,12 @@ use edm2k::backend::gpu::runtime::Runtime;
 use edm2k::backend::{Normalization, OptimizerStep, PlanKey, Shape, Slot, TrainingBackend};
 use edm2k::codec::{CodecPlan, Decoder, LATENTS};
 use edm2k::median;
+use edm2k::memory;
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::precond::Forward;
 use edm2k::model::{Config, Precond};
 use edm2k::params::ParamTable;
+use edm2k::pipeline::check_forward;
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::stats::peak_mib;
 use edm2k::train::{self, MicroBatchPlan, micro_batch};
@@ -127,10 +129,17 @@ pub fn run(args: BenchArgs) -> Result<()> {
         None => format!("{opened}, {} threads", rayon::current_num_threads()),
         Some(_) => opened.to_string(),
     };
+    let (net, table) = Precond::new(&config)?;
+    let images = if opened.runtime().is_some() { args.batch_gpu as usize } else { 2 };
+    check_forward(&opened, &config, size, images, 1)?;
+    if opened.runtime().is_none() {
+        let training = train::memory::estimate(&config, &table, size[0], size[1], 1, 0);
+        let needed = u128::from(training.parameters) + u128::from(training.activations);
+        memory::check("a training step of one image", needed)?;
+    }
     if !args.json {
         out!("{name} at {}x{} on {device}", size[1], size[0]);
     }
-    let (net, table) = Precond::new(&config)?;
     let macs = net.macs(&table, size[0], size[1]);
     let mut bench = Bench { args: &args, net, table, size, rows: vec![], kernels: vec![], limits: None };
     match opened.runtime() {

@@ -108,9 +108,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     theirs.check(&dir, &ours, args.model.display())?;
     let unknown = theirs.doubt(&dir, &ours, args.model.display()).filter(|_| !learned_from(&model.meta, &args.data));
     unknown.iter().filter(|_| ranks.first()).for_each(|warning| note!("warning: {warning}"));
-    let sizes = data.sizes();
-    let checked = sizes.iter().try_for_each(|[height, width]| config.check_size(*height, *width));
-    checked.with_context(|| dir.to_string())?;
+    config.check_sizes(&data.sizes()).with_context(|| dir.to_string())?;
     let images = data.len().min(args.images as usize);
     let batch = usize::from(args.batch);
 

@@ -12,6 +12,7 @@ use serde_json::json;
 use edm2k::Device;
 use edm2k::data::dataset::{Dataset, Representation, Split};
 use edm2k::frechet::{FeatureStatistics, distance};
+use edm2k::memory;
 use edm2k::onnx::{FeatureTensor, OnnxNetwork};
 use edm2k::pictures::bicubic::resize;
 use edm2k::pictures::{Picture, decode};
@@ -105,6 +106,8 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
     let network =
         OnnxNetwork::open(&args.network, wanted, Some([first.height(), first.width()])).context("--network")?;
     let features = network.width();
+    // Those of both sets, and their product.
+    memory::check(format!("covariances of {features} features"), 3 * 8 * (features as u128).pow(2))?;
     if references.count.min(count) <= features {
         note!(
             "warning: {count} images against {} have singular covariances of {features} features; the distance depends \

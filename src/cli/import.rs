@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use edm2k::formats::input;
 use edm2k::formats::safetensors::SafeError;
 use edm2k::model::file::save;
-use edm2k::model::{Config, Model, ModelError, ModelFile, OfficialSnapshot};
+use edm2k::model::{Config, Model, ModelError, ModelFile, OfficialSnapshot, Stored};
 
 use super::say::{note, out};
 
@@ -51,9 +51,12 @@ pub struct ImportArgs {
 pub fn run(args: ImportArgs) -> anyhow::Result<()> {
     let inputs: Vec<&Path> = [&args.snapshot].into_iter().chain(&args.config).map(PathBuf::as_path).collect();
     let _claim = super::claim(&args.out, args.overwrite, &inputs)?;
-    let OfficialSnapshot { mut model, stored } = match &args.config {
+    let (mut model, stored) = match &args.config {
         Some(config) => bare(&args.snapshot, config)?,
-        None => OfficialSnapshot::open(&args.snapshot)?,
+        None => {
+            let OfficialSnapshot { model, stored } = OfficialSnapshot::open(&args.snapshot)?;
+            (model, stored)
+        }
     };
     model.doubts.iter().for_each(|doubt| note!("warning: {doubt}"));
     let classes = model.net.config.label_dim;
@@ -75,7 +78,7 @@ pub fn run(args: ImportArgs) -> anyhow::Result<()> {
 }
 
 /// A state_dict, of whose network a config says what its shapes do not tell.
-fn bare(path: &Path, config: &Path) -> anyhow::Result<OfficialSnapshot> {
+fn bare(path: &Path, config: &Path) -> anyhow::Result<(Model, Stored)> {
     let of_config = || format!("--config {}", config.display());
     let text = input::text(config).with_context(of_config)?;
     let given: Map<String, Value> = serde_json::from_str(&text).with_context(of_config)?;
@@ -90,5 +93,5 @@ fn bare(path: &Path, config: &Path) -> anyhow::Result<OfficialSnapshot> {
         why => anyhow::Error::from(why).context(of_config()),
     })?;
     let stored = file.stored();
-    Ok(OfficialSnapshot { model: Model::read(file)?, stored })
+    Ok((Model::read(file)?, stored))
 }

@@ -14,6 +14,7 @@ use edm2k::collective::{Part, agree_on};
 use edm2k::data::dataset::VOCABULARY_FILE;
 use edm2k::data::prepare::{self, Bucket, Danbooru, Drop, Event, Folder, LatentEncoder, Records, Settings, Summary};
 use edm2k::formats::fingerprint::Identity;
+use edm2k::pictures::decode::unapplied;
 
 use super::DeviceArgs;
 use super::ranks::{self, Ranks};
@@ -297,9 +298,7 @@ impl Progress {
             Event::Done(records) => bar.inc(records as u64),
             Event::Warning { text } => say(format!("warning: {text}")),
             Event::Unreadable { file, why } => say(format!("unreadable: {file}: {why}")),
-            Event::Unapplied { file, profile } => {
-                say(format!("{file}: its colour profile ({profile}) cannot be applied; taken for sRGB"));
-            }
+            Event::Unapplied { file, profile } => say(unapplied(file, profile)),
             Event::Damaged { why } => say(format!("made again: {why}")),
             Event::Renamed { tags, was, now } => {
                 say(format!("{VOCABULARY_FILE}: {tags} renamed tags: {was:?} is {now:?} there, ..."));

@@ -210,9 +210,10 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
     }
     notes.iter().for_each(|note| above(&bar, note));
     let (mut seen, mut saved) = (None, false);
+    let say = |text: &str| if rank > 0 { note!("rank {rank}: {text}") } else { above(&bar, text) };
     let mut show = |event: Event| match event {
-        Event::Note(text) if rank > 0 => note!("rank {rank}: {text}"),
-        Event::Note(text) => above(&bar, &text),
+        Event::Note(text) => say(&text),
+        Event::Fewer(text) => say(&format!("{text}; --batch-gpu sets how many")),
         Event::Saved(path) => {
             saved = true;
             above(&bar, &format!("wrote {}", path.display()));
@@ -287,9 +288,7 @@ fn network(args: &TrainArgs, data: &Dataset, preset: Option<&Preset>, init: Opti
         Some(path) => checked.with_context(|| path.display().to_string())?,
         None => checked?,
     }
-    let sizes = data.sizes();
-    let checked = sizes.iter().try_for_each(|[height, width]| config.check_size(*height, *width));
-    checked.with_context(|| format!("the dataset {}", args.data.display()))?;
+    config.check_sizes(&data.sizes()).with_context(|| format!("the dataset {}", args.data.display()))?;
     Ok(config)
 }
 

@@ -17,6 +17,7 @@ use edm2k::median;
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::precond::Forward;
 use edm2k::model::{Config, Model, Precond};
+use edm2k::pipeline::check_forward;
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::{MicroBatchPlan, micro_batch};
 use edm2k::tuning::{self, Table};
@@ -98,6 +99,8 @@ pub fn run(args: &TuneArgs) -> Result<()> {
     config.check_size(size[0], size[1])?;
     let device = args.device.open()?;
     let runtime = device.runtime().context("tune measures a GPU's kernels; give --device cuda")?.clone();
+    let most = args.batch.iter().map(|&n| 2 * usize::from(n)).chain(args.batch_gpu.map(usize::from)).max();
+    check_forward(&device, &config, size, most.unwrap_or(1), 1)?;
     let origin = runtime.origin();
     let path = match args.dry_run {
         true => None,

@@ -66,7 +66,7 @@ pub const TAESD_SCALE: f32 = 0.18215;
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum CodecError {
-    #[error(transparent)]
+    #[error("{0}")]
     File(#[from] SafeError),
     #[error(
         "{}: neither an SD-VAE nor a TAESD (expected a tensor decoder.conv_in.weight or decoder.layers.0.weight)",
@@ -86,7 +86,7 @@ pub enum CodecError {
          try --precision bf16, or --device cpu"
     )]
     Overflow,
-    #[error(transparent)]
+    #[error("{0}")]
     Backend(#[from] BackendError),
 }
 
@@ -292,14 +292,13 @@ impl CodecFile {
         Ok(net.macs(&table, (height * width) as u64))
     }
 
-    /// Bytes that decoding a latent of [height, width] holds at once, at least: two of the last level's activations.
-    pub fn decoder_bytes(&self, [height, width]: [usize; 2]) -> u128 {
+    /// Bytes that decoding holds at once for each place of a latent, at least: two of the last level's activations.
+    pub fn decoder_bytes(&self) -> u128 {
         let channels = match &self.architecture {
             Architecture::SdVae(config) => config.channels[0],
             Architecture::Taesd { channels, .. } => *channels,
         };
-        let pixels = (height * self.factor()) as u128 * (width * self.factor()) as u128;
-        2 * 4 * pixels * channels as u128
+        2 * 4 * (self.factor() as u128).pow(2) * channels as u128
     }
 
     /// Its kind.

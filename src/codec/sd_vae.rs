@@ -23,6 +23,9 @@ const PIXELS: usize = 3;
 /// Channels of a latent.
 pub const LATENTS: usize = 4;
 
+/// The most levels of an autoencoder. The published one has 4.
+const MAX_LEVELS: usize = 8;
+
 /// What stands before an autoencoder's names in a checkpoint of Stable Diffusion.
 pub const PART: &str = "first_stage_model.";
 
@@ -118,6 +121,10 @@ impl SdVaeConfig {
     pub fn of(file: &SafeFile) -> Result<Self, CodecError> {
         let first = |level| format!("encoder.down_blocks.{level}.resnets.0.conv1.weight");
         let levels = count(file, "encoder.down_blocks.", ".resnets.0.conv1.weight").max(1);
+        if levels > MAX_LEVELS {
+            let name = format!("encoder.down_blocks.{MAX_LEVELS}.resnets.0.conv1.weight");
+            return Err(file.unexpected(&name, "a level", format!("{MAX_LEVELS} levels at most")).into());
+        }
         let mut channels = Vec::new();
         for level in 0..levels {
             let shape = file.shape(&first(level))?;

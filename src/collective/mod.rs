@@ -59,7 +59,7 @@ pub enum CollectiveError {
     /// NCCL is not there, or failed.
     #[error("NCCL: {0}")]
     Nccl(String),
-    #[error(transparent)]
+    #[error("{0}")]
     Device(#[from] DeviceError),
 }
 

@@ -59,7 +59,7 @@ pub enum VocabularyError {
     Entry { index: u32, cause: NoTag },
     #[error("tag {index} of the vocabulary: \"{tag}\" is already tag {first}")]
     Repeated { index: u32, tag: String, first: u32 },
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     #[error("{}: not a vocabulary, expected a list of {{\"tag\", \"count\"}}: {cause}", path.display())]
     Json { path: PathBuf, cause: serde_json::Error },

@@ -46,11 +46,11 @@ use crate::rng::Stream;
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum DatasetError {
-    #[error(transparent)]
+    #[error("{0}")]
     Shard(#[from] ShardError),
-    #[error(transparent)]
+    #[error("{0}")]
     Vocabulary(#[from] VocabularyError),
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     #[error("{}: no dataset of edm2k (there is no {VOCABULARY_FILE} in it)", dir.display())]
     NoDataset { dir: PathBuf },
@@ -68,7 +68,7 @@ pub enum DatasetError {
     Differs { path: PathBuf, first: Box<Path>, what: &'static str, found: String, expected: String },
     #[error("{}: id {id} occurs twice", path.display())]
     RepeatedId { path: PathBuf, id: i64 },
-    #[error(transparent)]
+    #[error("{0}")]
     Archive(#[from] ArchiveError),
     #[error("{}: a zip has no {split} split, as all of it is for training", path.display())]
     NoSplit { path: PathBuf, split: Split },

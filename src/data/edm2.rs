@@ -34,7 +34,7 @@ const CLASSES: usize = 1 << 20;
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum ArchiveError {
-    #[error(transparent)]
+    #[error("{0}")]
     Zip(#[from] ZipError),
     #[error("{}: it has no images (.png or .npy)", path.display())]
     NoImages { path: PathBuf },

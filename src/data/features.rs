@@ -40,11 +40,11 @@ pub const CONDITIONING_KEY: &str = "conditioning";
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum FeatureError {
-    #[error(transparent)]
+    #[error("{0}")]
     File(#[from] SafeError),
-    #[error(transparent)]
+    #[error("{0}")]
     Npy(#[from] NpyError),
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     #[error("{}: metadata \"{CONDITIONING_KEY}\": {what}", path.display())]
     Conditioning { path: PathBuf, what: String },

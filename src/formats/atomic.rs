@@ -34,9 +34,13 @@ impl AtomicFile {
     /// The path holds something other than a file; or whatever creating the temporary file reports.
     pub fn create(path: &Path) -> io::Result<Self> {
         let permissions = replaceable(path)?;
-        let (temporary, file) = create_temporary(path, permissions)?;
+        let (temporary, file) = create_temporary(path, permissions.is_some())?;
         let writer = BufWriter::with_capacity(1 << 20, file);
-        Ok(Self { path: path.into(), temporary, writer, committed: false })
+        let file = Self { path: path.into(), temporary, writer, committed: false };
+        if let Some(permissions) = permissions {
+            file.writer.get_ref().set_permissions(permissions)?;
+        }
+        Ok(file)
     }
 
     /// Where it lies until then.
@@ -129,7 +133,7 @@ const LOCK_FILE: &str = ".edm2k.lock";
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum LockError {
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     #[error("{}: another run is writing here", dir.display())]
     Busy { dir: PathBuf },
@@ -151,7 +155,7 @@ impl DirLock {
         let created = !dir.exists();
         fs::create_dir_all(dir).at(dir)?;
         let path = dir.join(LOCK_FILE);
-        loop {
+        for _ in 0..ATTEMPTS {
             let mut options = OpenOptions::new();
             options.read(true).write(true).create(true).truncate(false);
             let file = system::no_follow(&mut options).open(&path).at(&path)?;
@@ -169,6 +173,8 @@ impl DirLock {
             remove_abandoned(dir, |_| true).at(dir)?;
             return Ok(lock);
         }
+        // Others come and go all the time.
+        Err(LockError::Busy { dir: dir.into() })
     }
 
     /// A warning, if the file system has no locks.
@@ -240,16 +246,19 @@ pub(crate) fn stem_of_temporary(name: &str) -> Option<&str> {
     (digits.len() == 16 && digits.bytes().all(|b| b.is_ascii_hexdigit())).then_some(stem)
 }
 
-/// A new, locked file beside `path`.
-fn create_temporary(path: &Path, permissions: Option<Permissions>) -> io::Result<(PathBuf, File)> {
+/// How often a file is made, or opened, that is no longer where it was.
+const ATTEMPTS: usize = 100;
+
+/// A new, locked file beside `path`, which only its owner may read if it is `private`.
+fn create_temporary(path: &Path, private: bool) -> io::Result<(PathBuf, File)> {
     let nameless = || io::Error::new(io::ErrorKind::InvalidInput, "the path names no file");
     path.file_name().ok_or_else(nameless)?;
-    loop {
+    for _ in 0..ATTEMPTS {
         let random = RandomState::new().build_hasher().finish();
         let temporary = path.with_file_name(format!("{}.{random:016x}.tmp", stem(path)));
         let mut how = OpenOptions::new();
         how.write(true).create_new(true);
-        if permissions.is_some() {
+        if private {
             // Nobody may read it who could not read the old one, not even for a moment.
             system::private(&mut how);
         }
@@ -260,14 +269,11 @@ fn create_temporary(path: &Path, permissions: Option<Permissions>) -> io::Result
         // On a file system without locks, no file is taken for abandoned.
         let _ = file.try_lock();
         // Somebody may have seen it before it was locked, and removed it.
-        if !is_at(&file, &temporary) {
-            continue;
+        if is_at(&file, &temporary) {
+            return Ok((temporary, file));
         }
-        if let Some(permissions) = permissions {
-            file.set_permissions(permissions)?;
-        }
-        return Ok((temporary, file));
     }
+    Err(io::Error::other("files do not stay where they are made"))
 }
 
 /// Removes the temporary files of killed processes whose stems are `wanted`. Returns how many of living processes there

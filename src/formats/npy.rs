@@ -17,7 +17,7 @@ const MAX_BYTES: u64 = 1 << 34;
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum NpyError {
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     #[error("{}: not a usable .npy file: {what}", path.display())]
     Malformed { path: PathBuf, what: String },

@@ -12,9 +12,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::fs::File;
 use std::io::{self, Write};
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -45,7 +47,7 @@ const METADATA: &str = "__metadata__";
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum SafeError {
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     #[error("{}: not a whole safetensors file: {what}", path.display())]
     Malformed { path: PathBuf, what: String },
@@ -84,14 +86,18 @@ struct Info {
 /// truncated, the process ends with an error that names it ([`Mapped`]).
 pub struct SafeFile {
     path: PathBuf,
-    bytes: Bytes,
-    data_start: usize,
     metadata: HashMap<String, String>,
-    tensors: BTreeMap<String, Info>,
+    tensors: BTreeMap<String, Tensor>,
+}
+
+struct Tensor {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Bytes,
 }
 
 enum Bytes {
-    Mapped(Mapped),
+    Mapped(Arc<Mapped>, Range<usize>),
     Owned(Vec<u8>),
 }
 
@@ -100,7 +106,7 @@ impl Deref for Bytes {
 
     fn deref(&self) -> &[u8] {
         match self {
-            Self::Mapped(map) => map,
+            Self::Mapped(map, range) => &map[range.clone()],
             Self::Owned(bytes) => bytes,
         }
     }
@@ -119,14 +125,20 @@ impl SafeFile {
     /// # Errors
     /// [`SafeError::Io`], [`SafeError::Malformed`], [`SafeError::Tensor`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref().to_path_buf();
-        let malformed = |what: String| SafeError::Malformed { path: path.clone(), what };
-        let file = input::open(&path).map_err(|cause| match cause.kind() {
-            io::ErrorKind::InvalidInput => malformed(cause.to_string()),
-            _ => FileError { path: path.clone(), cause }.into(),
+        let path = path.as_ref();
+        let file = input::open(path).map_err(|cause| match cause.kind() {
+            io::ErrorKind::InvalidInput => SafeError::Malformed { path: path.into(), what: cause.to_string() },
+            _ => FileError { path: path.into(), cause }.into(),
         })?;
+        Self::opened(path, &file)
+    }
+
+    /// As [`SafeFile::open`], of a file that is open already.
+    pub(super) fn opened(path: &Path, file: &File) -> Result<Self> {
+        let path = path.to_path_buf();
+        let malformed = |what: String| SafeError::Malformed { path: path.clone(), what };
         let length = file.metadata().at(&path)?.len();
-        if let Some(kind) = input::kind(&input::head(&file).at(&path)?).filter(|_| length < 8) {
+        if let Some(kind) = input::kind(&input::head(file).at(&path)?).filter(|_| length < 8) {
             return Err(malformed(format!("it is {kind}")));
         }
         if length < 8 {
@@ -134,7 +146,7 @@ impl SafeFile {
         }
         // SAFETY: that nobody changes the file in place meanwhile is the documented condition of this type (all of
         // this crate's writers rename).
-        let map = unsafe { Mapped::new(&file, &path) }.at(&path)?;
+        let map = unsafe { Mapped::new(file, &path) }.at(&path)?;
         let (prefix, rest) =
             map.split_first_chunk::<8>().ok_or_else(|| malformed("it shrank while it was opened".into()))?;
         if let Some(kind) = input::kind(&map).filter(|kind| !kind.contains("safetensors file")) {
@@ -190,8 +202,12 @@ impl SafeFile {
         if end != data.len() {
             return Err(malformed(format!("its tensors end at byte {end}, its data at byte {}", data.len())));
         }
-        let data_start = 8 + header_length as usize;
-        Ok(Self { path, bytes: Bytes::Mapped(map), data_start, metadata, tensors })
+        let (data_start, map) = (8 + header_length as usize, Arc::new(map));
+        let mapped = |(name, Info { dtype, shape, data_offsets: (begin, end) })| {
+            let bytes = Bytes::Mapped(map.clone(), data_start + begin..data_start + end);
+            (name, Tensor { dtype, shape, bytes })
+        };
+        Ok(Self { path, metadata, tensors: tensors.into_iter().map(mapped).collect() })
     }
 
     /// The tensors of a file of another format, as if they were in one of this format. Each has its name, type, shape
@@ -204,25 +220,22 @@ impl SafeFile {
         tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>,
         metadata: HashMap<String, String>,
     ) -> Result<Self> {
-        let (mut bytes, mut known) = (Vec::new(), BTreeMap::new());
+        let mut known = BTreeMap::new();
         for (name, dtype, shape, data) in tensors {
             if byte_length(dtype, &shape) != Some(data.len()) {
                 let what = format!("{} bytes for {dtype} {shape:?}", data.len());
                 return Err(SafeError::Tensor { path: path.into(), name, what });
             }
-            let begin = bytes.len();
-            bytes.extend(data);
-            known.insert(name, Info { dtype, shape, data_offsets: (begin, bytes.len()) });
+            known.insert(name, Tensor { dtype, shape, bytes: Bytes::Owned(data) });
         }
-        let (path, bytes) = (path.into(), Bytes::Owned(bytes));
-        Ok(Self { path, bytes, data_start: 0, metadata, tensors: known })
+        Ok(Self { path: path.into(), metadata, tensors: known })
     }
 
-    /// The same file with other names. Tensors for which `name` returns none are left out.
+    /// The same file with other names. Tensors for which `name` returns none are left out, and their memory is freed.
     #[must_use]
     pub fn renamed(mut self, name: impl Fn(&str) -> Option<String>) -> Self {
         let old = std::mem::take(&mut self.tensors);
-        self.tensors = old.into_iter().filter_map(|(old, info)| Some((name(&old)?, info))).collect();
+        self.tensors = old.into_iter().filter_map(|(old, tensor)| Some((name(&old)?, tensor))).collect();
         self
     }
 
@@ -246,7 +259,7 @@ impl SafeFile {
         self.tensors.contains_key(name)
     }
 
-    fn info(&self, name: &str) -> Result<&Info> {
+    fn tensor(&self, name: &str) -> Result<&Tensor> {
         self.tensors.get(name).ok_or_else(|| {
             let hint = self
                 .tensors
@@ -264,7 +277,7 @@ impl SafeFile {
     /// # Errors
     /// [`SafeError::Missing`].
     pub fn shape(&self, name: &str) -> Result<&[usize]> {
-        Ok(&self.info(name)?.shape)
+        Ok(&self.tensor(name)?.shape)
     }
 
     /// Element type of a tensor.
@@ -272,7 +285,7 @@ impl SafeFile {
     /// # Errors
     /// [`SafeError::Missing`].
     pub fn dtype(&self, name: &str) -> Result<Dtype> {
-        Ok(self.info(name)?.dtype)
+        Ok(self.tensor(name)?.dtype)
     }
 
     /// Bytes of a tensor as they lie in the file: little-endian, row-major, of any
@@ -281,8 +294,7 @@ impl SafeFile {
     /// # Errors
     /// [`SafeError::Missing`].
     pub fn bytes(&self, name: &str) -> Result<&[u8]> {
-        let (begin, end) = self.info(name)?.data_offsets;
-        Ok(&self.bytes[self.data_start + begin..self.data_start + end])
+        Ok(&self.tensor(name)?.bytes)
     }
 
     /// The [`fingerprint`] of a tensor.

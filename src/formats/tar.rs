@@ -38,7 +38,7 @@ pub struct Member {
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum TarError {
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     #[error("{}: damaged at byte {at}: {what}", path.display())]
     Damaged { path: PathBuf, at: u64, what: String },

@@ -20,6 +20,7 @@ use rawzip::{CompressionMethod, ZipArchive};
 
 use super::pickle::{Id, Pickle, PickleError, Value, quoted};
 use super::safetensors::Dtype;
+use super::zip::Stored;
 
 /// First pickle of the older format: 0x1950a86a20f9469cfc6c.
 const MAGIC: Value = Value::Long(&[0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19]);
@@ -79,7 +80,7 @@ impl<'a> Tensor<'a> {
                     },
                     _ => return Err(pickle.unexpected(bytes, "the bytes of a storage")),
                 },
-                (_, &Value::Persistent(about)) => outside.find(pickle, about)?,
+                (_, &Value::Persistent(about)) => outside.find(pickle, about, storages)?,
                 _ => return Err(pickle.unexpected(storage, "a storage")),
             };
         let tensor = Self { dtype, shape, strides, offset, storage };
@@ -152,9 +153,33 @@ fn size(dtype: Dtype) -> usize {
     dtype.bitsize() / 8
 }
 
+/// Names of storages, bytes of an element, and its type, if it is one that tensors are read of. The others have their
+/// places in a file, too.
+const STORAGES: [(&str, usize, Option<Dtype>); 17] = [
+    ("HalfStorage", 2, Some(Dtype::F16)),
+    ("BFloat16Storage", 2, Some(Dtype::BF16)),
+    ("FloatStorage", 4, Some(Dtype::F32)),
+    ("DoubleStorage", 8, Some(Dtype::F64)),
+    ("LongStorage", 8, Some(Dtype::I64)),
+    ("IntStorage", 4, Some(Dtype::I32)),
+    ("ShortStorage", 2, None),
+    ("CharStorage", 1, None),
+    ("ByteStorage", 1, None),
+    ("BoolStorage", 1, None),
+    ("ComplexFloatStorage", 8, None),
+    ("ComplexDoubleStorage", 16, None),
+    ("QInt8Storage", 1, None),
+    ("QUInt8Storage", 1, None),
+    ("QInt32Storage", 4, None),
+    ("QUInt4x2Storage", 1, None),
+    ("QUInt2x4Storage", 1, None),
+];
+
 /// What a storage says of itself.
 struct Description<'a> {
-    dtype: Dtype,
+    kind: Id,
+    dtype: Option<Dtype>,
+    width: usize,
     key: &'a str,
     numel: usize,
 }
@@ -179,27 +204,23 @@ impl<'a> Description<'a> {
             }
             _ => return Err(pickle.unexpected(id, expected)),
         };
-        let dtype = match pickle.global(kind) {
-            Some(("torch", "HalfStorage")) => Dtype::F16,
-            Some(("torch", "BFloat16Storage")) => Dtype::BF16,
-            Some(("torch", "FloatStorage")) => Dtype::F32,
-            Some(("torch", "DoubleStorage")) => Dtype::F64,
-            Some(("torch", "LongStorage")) => Dtype::I64,
-            Some(("torch", "IntStorage")) => Dtype::I32,
-            _ => return Err(pickle.unexpected(kind, "the name of a torch.Storage of floats or integers")),
-        };
+        let named = |(name, ..): &&(&str, usize, Option<Dtype>)| pickle.global(kind) == Some(("torch", *name));
+        let known = STORAGES.iter().find(named);
+        let &(_, width, dtype) = known.ok_or_else(|| pickle.unexpected(kind, "the name of a torch.Storage"))?;
         let Value::Text(key) = pickle[key] else { return Err(pickle.unexpected(key, "a key")) };
         let Value::Int(numel) = pickle[numel] else { return Err(pickle.unexpected(numel, "a number of elements")) };
         let numel = usize::try_from(numel).map_err(|_| pickle.unexpected(id, "a number of elements"))?;
-        Ok(Self { dtype, key, numel })
+        Ok(Self { kind, dtype, width, key, numel })
     }
 
-    /// Checks that `data` has all of the storage's elements, and nothing else.
-    fn check(&self, data: &[u8], offset: usize) -> Result<()> {
-        if self.numel.checked_mul(size(self.dtype)) == Some(data.len()) {
-            return Ok(());
+    /// The type of its elements, if `data` has all of them, and nothing else.
+    fn check(&self, pickle: &Pickle, data: &[u8], offset: usize) -> Result<Dtype> {
+        let expected = "the name of a torch.Storage of floats or integers";
+        let dtype = self.dtype.ok_or_else(|| pickle.unexpected(self.kind, expected))?;
+        if self.numel.checked_mul(self.width) == Some(data.len()) {
+            return Ok(dtype);
         }
-        let what = format!("{} bytes of data for {} elements of {}", data.len(), self.numel, self.dtype);
+        let what = format!("{} bytes of data for {} elements of {dtype}", data.len(), self.numel);
         Err(PickleError { offset, what })
     }
 }
@@ -253,62 +274,83 @@ fn read_storage(bytes: &[u8], base: usize) -> Result<(Dtype, &[u8])> {
     if usize::try_from(u64::from_le_bytes(*numel)) != Ok(about.numel) {
         return Err(error(format!("{} elements, expected {}", u64::from_le_bytes(*numel), about.numel)));
     }
-    about.check(data, base + at + 8)?;
-    Ok((about.dtype, data))
+    Ok((about.check(&storage, data, base + at + 8)?, data))
 }
 
-fn read_zip(bytes: &[u8], base: usize) -> Result<(Dtype, &[u8])> {
+/// The entries of a zip that `torch.save` wrote, by their names within its one folder.
+fn entries(bytes: &[u8], base: usize, most: usize) -> Result<HashMap<String, Stored<'_>>> {
     let error = |what: String| PickleError { offset: base, what };
     let damaged = |e: rawzip::Error| error(format!("a damaged zip: {e}"));
     let archive = ZipArchive::from_slice(bytes).map_err(damaged)?;
-    // Name (within the archive's one folder) of each entry; PyTorch writes about six.
-    let mut entries = Vec::new();
-    let mut list = archive.entries();
+    let (mut entries, mut list, mut total) = (HashMap::new(), archive.entries(), 0);
     while let Some(entry) = list.next_entry().map_err(damaged)? {
-        if entries.len() == 16 {
-            return Err(error("a zip of more than 16 entries, expected that of one storage".into()));
+        if entries.len() == most {
+            return Err(error(format!("a zip of more than {most} entries, expected that of one storage")));
         }
         let path = entry.file_path();
-        let name = String::from_utf8_lossy(path.as_ref());
-        entries.push((name.split_once('/').map_or("", |(_, name)| name).to_owned(), entry));
+        let path = String::from_utf8_lossy(path.as_ref());
+        // It writes 0 for a checksum if it was told to compute none.
+        let checksum = Some(entry.crc32()).filter(|&sum| sum != 0);
+        let is_stored = entry.compression_method() == CompressionMethod::STORE;
+        let stored = Stored::find(bytes, &archive, entry.wayfinder(), is_stored, checksum);
+        let stored = stored.map_err(|what| error(format!("entry {} of a zip: {what}", quoted(&path))))?;
+        total += stored.data.len();
+        // Each is compared with its checksum once, so that takes time in proportion to the file.
+        if total > bytes.len() {
+            return Err(error("a zip whose entries overlap".into()));
+        }
+        entries.insert(path.split_once('/').map_or("", |(_, name)| name).to_owned(), stored);
     }
-    let find = |wanted: &str| {
-        let Some((_, entry)) = entries.iter().find(|(name, _)| name == wanted) else { return Ok(None) };
-        if entry.compression_method() != CompressionMethod::STORE {
-            return Err(error(format!("entry {} of a zip is compressed, expected it as it is", quoted(wanted))));
-        }
-        let (from, to) = archive.get_entry(entry.wayfinder()).map_err(damaged)?.compressed_data_range();
-        match bytes.get(from as usize..to as usize) {
-            Some(data) if crc32fast::hash(data) == entry.crc32() => Ok(Some((data, from as usize))),
-            _ => Err(error(format!("entry {} of a zip is damaged: its CRC differs", quoted(wanted)))),
-        }
-    };
-    let need = |wanted: &str| find(wanted)?.ok_or_else(|| error(format!("a zip without an entry {}", quoted(wanted))));
-    if let Some((order, at)) = find("byteorder")?
+    Ok(entries)
+}
+
+/// The bytes of an entry, compared with its checksum, and where they are.
+fn whole<'a>(entry: &Stored<'a>, name: &str, base: usize) -> Result<(&'a [u8], usize)> {
+    let at = base + entry.at;
+    let error = |what| PickleError { offset: at, what: format!("entry {} of a zip: {what}", quoted(name)) };
+    Ok((entry.bytes().map_err(error)?, at))
+}
+
+/// The pickle `data.pkl` of a zip, if the numbers beside it are little-endian.
+fn description<'a>(entries: &HashMap<String, Stored<'a>>, base: usize) -> Result<Pickle<'a>> {
+    let find = |name| entries.get(name).map(|entry| whole(entry, name, base)).transpose();
+    if let Some((order, offset)) = find("byteorder")?
         && order != b"little"
     {
         let what = format!("byte order {}, expected 'little'", quoted(&String::from_utf8_lossy(order)));
-        return Err(PickleError { offset: base + at, what });
+        return Err(PickleError { offset, what });
     }
-    let (description, at) = need("data.pkl")?;
-    let pickle = Pickle::parse(description, base + at)?;
+    let missing = || PickleError { offset: base, what: "a zip without an entry 'data.pkl'".into() };
+    let (description, at) = find("data.pkl")?.ok_or_else(missing)?;
+    Pickle::parse(description, at)
+}
+
+fn read_zip(bytes: &[u8], base: usize) -> Result<(Dtype, &[u8])> {
+    // PyTorch writes about six.
+    let entries = entries(bytes, base, 16)?;
+    let pickle = description(&entries, base)?;
     let about = Description::read(&pickle)?;
-    let (data, at) = need(&format!("data/{}", about.key))?;
-    about.check(data, base + at)?;
-    Ok((about.dtype, data))
+    let name = format!("data/{}", about.key);
+    let missing = || PickleError { offset: base, what: format!("a zip without an entry {}", quoted(&name)) };
+    let (data, at) = whole(entries.get(&name).ok_or_else(missing)?, &name, base)?;
+    Ok((about.check(&pickle, data, at)?, data))
 }
 
 /// The storages that a pickle refers to by persistent ids.
 #[derive(Default)]
-struct Outside<'a>(HashMap<&'a str, (&'a [u8], usize)>);
+struct Outside<'a>(HashMap<String, Stored<'a>>);
 
 impl<'a> Outside<'a> {
-    fn find(&self, pickle: &Pickle<'a>, id: Id) -> Result<(Dtype, &'a [u8])> {
+    /// The storage of a persistent id. `known` are those that were compared with their checksums.
+    fn find(&self, pickle: &Pickle<'a>, id: Id, known: &mut Storages<'a>) -> Result<(Dtype, &'a [u8])> {
         let about = Description::of(pickle, id)?;
-        let found = self.0.get(about.key);
-        let &(data, at) = found.ok_or_else(|| pickle.unexpected(id, "a storage that the file has"))?;
-        about.check(data, at)?;
-        Ok((about.dtype, data))
+        let found = self.0.get(about.key).ok_or_else(|| pickle.unexpected(id, "a storage that the file has"))?;
+        let dtype = about.check(pickle, found.data, found.at)?;
+        if !known.contains_key(&found.at) {
+            whole(found, &format!("data/{}", about.key), 0)?;
+            known.insert(found.at, (dtype, found.data));
+        }
+        Ok((dtype, found.data))
     }
 }
 
@@ -412,44 +454,10 @@ fn plain(bytes: &[u8]) -> Result<Option<Pickle<'_>>> {
 }
 
 fn zipped(bytes: &[u8]) -> Result<(Pickle<'_>, Outside<'_>)> {
-    let error = |what: String| PickleError { offset: 0, what };
-    let damaged = |e: rawzip::Error| error(format!("a damaged zip: {e}"));
-    let archive = ZipArchive::from_slice(bytes).map_err(damaged)?;
-    let (mut pickle, mut outside, mut list) = (None, Outside::default(), archive.entries());
-    let mut names = Vec::new();
-    while let Some(entry) = list.next_entry().map_err(damaged)? {
-        let name = String::from_utf8_lossy(entry.file_path().as_ref()).into_owned();
-        if entry.compression_method() != CompressionMethod::STORE {
-            return Err(error(format!("entry {} of a zip is compressed, expected it as it is", quoted(&name))));
-        }
-        let (from, to) = archive.get_entry(entry.wayfinder()).map_err(damaged)?.compressed_data_range();
-        let data = bytes.get(from as usize..to as usize);
-        names.push((name, data.ok_or_else(|| error("a zip that ends within an entry".into()))?, from as usize));
-    }
-    for (name, data, at) in &names {
-        if name.ends_with("/data.pkl") {
-            pickle = Some(Pickle::parse(data, *at)?);
-        } else if name.ends_with("/byteorder") && *data != b"little" {
-            return Err(error("another byte order than little".into()));
-        }
-    }
-    let pickle = pickle.ok_or_else(|| error("a zip without an entry data.pkl".into()))?;
-    for key in keys(&pickle) {
-        let end = format!("/data/{key}");
-        if let Some((_, data, at)) = names.iter().find(|(name, ..)| name.ends_with(&end)) {
-            outside.0.insert(key, (data, *at));
-        }
-    }
-    Ok((pickle, outside))
-}
-
-/// Keys of all storages of a pickle.
-fn keys<'a>(pickle: &Pickle<'a>) -> Vec<&'a str> {
-    let about = |value: &Value<'a>| match *value {
-        Value::Persistent(id) => Description::of(pickle, id).ok().map(|about| about.key),
-        _ => None,
-    };
-    pickle.values().filter_map(about).collect()
+    let entries = entries(bytes, 0, usize::MAX)?;
+    let pickle = description(&entries, 0)?;
+    let storage = |(name, entry): (String, _)| Some((name.strip_prefix("data/")?.to_owned(), entry));
+    Ok((pickle, Outside(entries.into_iter().filter_map(storage).collect())))
 }
 
 fn legacy(bytes: &[u8]) -> Result<(Pickle<'_>, Outside<'_>)> {
@@ -460,7 +468,7 @@ fn legacy(bytes: &[u8]) -> Result<(Pickle<'_>, Outside<'_>)> {
     for value in pickle.values() {
         if let Value::Persistent(id) = *value {
             let about = Description::of(&pickle, id)?;
-            widths.insert(about.key, size(about.dtype));
+            widths.insert(about.key, about.width);
         }
     }
     let mut outside = Outside::default();
@@ -470,7 +478,8 @@ fn legacy(bytes: &[u8]) -> Result<(Pickle<'_>, Outside<'_>)> {
         let width = widths.get(key).copied().unwrap_or(0);
         let length = usize::try_from(u64::from_le_bytes(*numel)).ok().and_then(|numel| numel.checked_mul(width));
         let end = length.and_then(|length| (at + 8).checked_add(length)).ok_or_else(|| ended(at))?;
-        outside.0.insert(key, (bytes.get(at + 8..end).ok_or_else(|| ended(at))?, at + 8));
+        let data = bytes.get(at + 8..end).ok_or_else(|| ended(at))?;
+        outside.0.insert(key.to_owned(), Stored { data, at: at + 8, checksum: None });
         at = end;
     }
     Ok((pickle, outside))

@@ -30,11 +30,11 @@ pub fn open(path: impl AsRef<Path>) -> Result<SafeFile> {
                 taken.map(|(taken, others)| (TAKEN.to_owned(), format!("'{taken}', not '{}'", others.join("', '"))));
             SafeFile::of(path, tensors, said.into_iter().collect())?
         }
-        _ => SafeFile::open(path)?,
+        _ => SafeFile::opened(path, &file)?,
     };
     const WRAPPER: &str = "module.";
     if opened.names().next().is_some() && opened.names().all(|name| name.starts_with(WRAPPER)) {
-        opened = opened.renamed(|name| Some(name.trim_start_matches(WRAPPER).to_owned()));
+        opened = opened.renamed(|name| name.strip_prefix(WRAPPER).map(str::to_owned));
     }
     Ok(opened)
 }

@@ -12,7 +12,7 @@ use super::{At, FileError, input};
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum ZipError {
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     #[error("{}: not a usable zip archive: {what}", path.display())]
     Malformed { path: PathBuf, what: String },
@@ -80,20 +80,48 @@ impl Zip {
     /// [`ZipError::Entry`]: it is compressed, or damaged.
     pub fn bytes(&self, entry: &ZipEntry) -> Result<&[u8], ZipError> {
         let wrong = |what: String| ZipError::Entry { path: self.path.clone(), name: entry.name.to_string(), what };
-        if !entry.stored {
-            return Err(wrong(
-                "it is compressed, expected a stored one: unpack the archive, and pack it by `zip -0 -r`".into(),
-            ));
+        let (bytes, checksum) = (self.archive.get_ref(), Some(entry.checksum));
+        let stored = Stored::find(bytes, &self.archive, entry.place, entry.stored, checksum);
+        stored.and_then(|stored| stored.bytes()).map_err(wrong)
+    }
+}
+
+/// A stored entry of an archive in memory.
+pub(super) struct Stored<'a> {
+    /// Its bytes, which may be damaged.
+    pub data: &'a [u8],
+    /// Where they begin in the archive.
+    pub at: usize,
+    /// Their CRC, if it is known.
+    pub checksum: Option<u32>,
+}
+
+impl<'a> Stored<'a> {
+    /// Finds an entry; what is wrong if it is compressed, or not within the archive.
+    pub fn find<T: AsRef<[u8]>>(
+        archive: &'a [u8],
+        parsed: &ZipSliceArchive<T>,
+        place: ZipArchiveEntryWayfinder,
+        is_stored: bool,
+        checksum: Option<u32>,
+    ) -> Result<Self, String> {
+        if !is_stored {
+            return Err(
+                "it is compressed, expected a stored one: unpack the archive, and pack it by `zip -0 -r`".into()
+            );
         }
-        let found = self.archive.get_entry(entry.place).map_err(|error| wrong(error.to_string()))?;
-        let (from, to) = found.compressed_data_range();
-        let bytes = self.archive.get_ref().get(from as usize..to as usize);
-        let bytes = bytes.ok_or_else(|| wrong("the archive ends within it".into()))?;
-        match (crc32fast::hash(bytes), entry.checksum) {
-            (found, expected) if found != expected => {
-                Err(wrong(format!("checksum {found:08x}, expected {expected:08x}: it is damaged")))
+        let (from, to) = parsed.get_entry(place).map_err(|error| error.to_string())?.compressed_data_range();
+        let data = archive.get(from as usize..to as usize).ok_or("the archive ends within it")?;
+        Ok(Self { data, at: from as usize, checksum })
+    }
+
+    /// Its bytes, compared with their checksum.
+    pub fn bytes(&self) -> Result<&'a [u8], String> {
+        match (self.checksum, crc32fast::hash(self.data)) {
+            (Some(expected), found) if found != expected => {
+                Err(format!("checksum {found:08x}, expected {expected:08x}: it is damaged"))
             }
-            _ => Ok(bytes),
+            _ => Ok(self.data),
         }
     }
 }

@@ -242,6 +242,14 @@ impl Config {
         4 * images as u128 * (first + kept)
     }
 
+    /// As [`Config::check_size`], of sizes [height, width].
+    ///
+    /// # Errors
+    /// Those of the first that is wrong.
+    pub fn check_sizes(&self, sizes: &[[usize; 2]]) -> Result<(), ConfigError> {
+        sizes.iter().try_for_each(|[height, width]| self.check_size(*height, *width))
+    }
+
     /// Checks that every level halves `height` x `width` (pixels of the image or latent) exactly.
     ///
     /// # Errors

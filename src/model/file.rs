@@ -20,7 +20,7 @@ use super::config::{Config, ConfigError};
 use super::guess;
 use super::precond::Precond;
 use crate::backend::{BackendError, NetworkBackend, Slot, TrainingBackend};
-use crate::codec::{Autoencoder, CodecFile};
+use crate::codec::{Autoencoder, CodecFile, LATENTS};
 use crate::condition::vae;
 use crate::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
@@ -114,7 +114,7 @@ impl ModelMeta {
         Self {
             height: config.img_resolution,
             width: config.img_resolution,
-            encoder: if config.img_channels == 4 { ImageSpace::SdVae } else { ImageSpace::Rgb },
+            encoder: if config.img_channels == LATENTS { ImageSpace::SdVae } else { ImageSpace::Rgb },
             ..Self::default()
         }
     }
@@ -151,7 +151,7 @@ impl ModelMeta {
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum ModelError {
-    #[error(transparent)]
+    #[error("{0}")]
     File(#[from] SafeError),
     /// An entry of the metadata is missing or malformed.
     #[error("{}: metadata \"{key}\": {what}", path.display())]
@@ -175,7 +175,10 @@ pub enum ModelError {
     #[error("{}: tensor {name} is not a parameter of the network that the file's config describes", path.display())]
     Unknown { path: PathBuf, name: String },
     /// A weight is infinite or not a number, or does not fit the element type that it is to be saved in.
-    #[error("{}: tensor {name}: found {value} at {at}, expected finite {dtype} numbers", path.display())]
+    #[error(
+        "{}: tensor {name}: found {value} at {at}, expected finite {dtype} numbers{}", path.display(),
+        if value.is_finite() { ", which are smaller" } else { "" }
+    )]
     NotFinite { path: PathBuf, name: String, at: usize, value: f32, dtype: Dtype },
 }
 
@@ -340,7 +343,7 @@ impl ModelFile {
     pub fn values(&self, id: ParamId) -> Result<Vec<f32>, ModelError> {
         let name = &self.table[id].name;
         let values = self.file.f32(name)?;
-        check_finite(self.path(), name, &values, self.file.dtype(name)?)?;
+        check_finite(self.path(), name, &values, &values, self.file.dtype(name)?)?;
         Ok(values)
     }
 }
@@ -510,11 +513,11 @@ impl<'a> ModelWriter<'a> {
             Stored::F16 => {
                 let halves: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
                 let rounded: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
-                check_finite(&self.path, name, &rounded, Dtype::F16)?;
+                check_finite(&self.path, name, values, &rounded, Dtype::F16)?;
                 halves.iter().flat_map(|x| x.to_le_bytes()).collect()
             }
             Stored::F32 => {
-                check_finite(&self.path, name, values, Dtype::F32)?;
+                check_finite(&self.path, name, values, values, Dtype::F32)?;
                 values.iter().flat_map(|x| x.to_le_bytes()).collect()
             }
         };
@@ -539,8 +542,9 @@ fn what_instead(file: &SafeFile) -> Option<Instead> {
     }
 }
 
-fn check_finite(path: &Path, name: &str, values: &[f32], dtype: Dtype) -> Result<(), ModelError> {
-    match not_finite(values) {
+/// Checks that `values`, which are `rounded` in a file, are finite numbers there.
+fn check_finite(path: &Path, name: &str, values: &[f32], rounded: &[f32], dtype: Dtype) -> Result<(), ModelError> {
+    match not_finite(rounded) {
         None => Ok(()),
         Some(at) => Err(ModelError::NotFinite { path: path.into(), name: name.into(), at, value: values[at], dtype }),
     }

@@ -51,7 +51,7 @@ const IGNORED: [&str; 3] = ["use_fp16", "dropout", "resample_filter"];
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum SnapshotError {
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     /// It is no pickle, or a damaged one.
     #[error("{}: not a whole pickle: {cause}", path.display())]

@@ -17,8 +17,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::formats::FileError;
 use crate::formats::fingerprint::Fingerprint;
+use crate::formats::{FileError, transposed};
 
 #[cfg(feature = "onnx")]
 mod tract;
@@ -42,7 +42,7 @@ const MAX_SIDE: usize = 4096;
 pub enum OnnxError {
     #[error("{}: this edm2k was built without ONNX (cargo feature `onnx`)", path.display())]
     NotBuilt { path: PathBuf },
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     #[error("{}: not an ONNX file: {what}", path.display())]
     NotOnnx { path: PathBuf, what: String },
@@ -202,7 +202,7 @@ impl OnnxNetwork {
         let features = match self.layout {
             Layout::Last => self.runnable.run(&[1, height, width, 3], image),
             Layout::First => {
-                let planes: Vec<f32> = (0..3).flat_map(|c| image.iter().skip(c).step_by(3).copied()).collect();
+                let planes: Vec<f32> = transposed(image, 3).collect();
                 self.runnable.run(&[1, 3, height, width], &planes)
             }
         };

@@ -39,6 +39,9 @@ const METADATA: u64 = 64 << 20;
 /// Longest image file: no decoder should need more than the largest image.
 pub const MAX_BYTES: u64 = 16 * MAX_PIXELS;
 
+/// What stands behind transparent pixels where nobody says another colour.
+pub const WHITE: [u8; 3] = [255; 3];
+
 /// A decoded image.
 #[derive(Clone, Debug)]
 pub struct Decoded {
@@ -46,6 +49,18 @@ pub struct Decoded {
     pub picture: Picture,
     /// The name of its colour space, if that could not be converted; then its colours were taken for sRGB.
     pub unapplied: Option<String>,
+}
+
+impl Decoded {
+    /// A warning if its colours were taken for sRGB, in which the picture is called `shown`.
+    pub fn warning(&self, shown: &str) -> Option<String> {
+        self.unapplied.as_deref().map(|profile| unapplied(shown, profile))
+    }
+}
+
+/// Says that a colour profile could not be converted.
+pub fn unapplied(shown: &str, profile: &str) -> String {
+    format!("{shown}: its colour profile ({profile}) cannot be applied; taken for sRGB")
 }
 
 /// A share of the [`MAX_PIXELS`] pixels that all threads together may decode at a time. So the memory for that does not

@@ -25,13 +25,13 @@ use std::io;
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum PictureError {
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] io::Error),
     #[error("it is {0}")]
     Kind(&'static str),
     #[error("{width}x{height} is more than {} pixels", decode::MAX_PIXELS)]
     TooLarge { width: u32, height: u32 },
-    #[error(transparent)]
+    #[error("{0}")]
     Damaged(#[from] image::ImageError),
     #[error("a JPEG that is not whole: {0}")]
     NotWhole(String),

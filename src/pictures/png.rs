@@ -25,7 +25,7 @@ use crate::formats::{At, FileError, input, write_atomically};
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum PngError {
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     #[error("{}: not a readable PNG: {what}", path.display())]
     Format { path: PathBuf, what: String },

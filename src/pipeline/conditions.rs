@@ -168,19 +168,19 @@ pub enum ConditionError {
     Row { path: PathBuf, row: usize, what: &'static str },
     #[error("{}: what its conditions mean: {why}", path.display())]
     Meaning { path: PathBuf, why: String },
-    #[error(transparent)]
+    #[error("{0}")]
     Mismatch(#[from] Mismatch),
-    #[error(transparent)]
+    #[error("{0}")]
     Vocabulary(#[from] VocabularyError),
-    #[error(transparent)]
+    #[error("{0}")]
     Vae(#[from] VaeError),
-    #[error(transparent)]
+    #[error("{0}")]
     Dataset(#[from] DatasetError),
-    #[error(transparent)]
+    #[error("{0}")]
     Tagger(#[from] OnnxError),
-    #[error(transparent)]
+    #[error("{0}")]
     File(#[from] SafeError),
-    #[error(transparent)]
+    #[error("{0}")]
     Npy(#[from] NpyError),
 }
 
@@ -306,9 +306,7 @@ impl Pipeline {
         let name = path.as_ref().display().to_string();
         let image = decode::open(path.as_ref(), Tagger::BACKGROUND);
         let image = image.map_err(|why| ConditionError::Picture { name: name.clone(), why: why.into() })?;
-        if let Some(profile) = image.unapplied {
-            self.warnings.push(format!("{name}: its colour profile ({profile}) cannot be applied; taken for sRGB"));
-        }
+        self.warnings.extend(image.warning(&name));
         self.like_picture(&image.picture, &name)
     }
 

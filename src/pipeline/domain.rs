@@ -37,7 +37,7 @@ pub enum Mismatch {
     Channels { name: String, other: String, found: usize, expected: usize },
     #[error("{name}: its conditions are {found} wide, those of {other} are {expected} wide")]
     Width { name: String, other: String, found: usize, expected: usize },
-    #[error(transparent)]
+    #[error("{0}")]
     Meaning(#[from] OtherMeaning),
     #[error("{name}: its latents are of {found}, those of {other} are of {expected}")]
     Latents { name: String, other: String, found: Box<Autoencoder>, expected: Box<Autoencoder> },

@@ -42,7 +42,6 @@ use crate::backend::{BackendError, NetworkBackend};
 use crate::codec::{CodecError, CodecFile, LATENTS};
 use crate::condition::tagger::Tagger;
 use crate::condition::vae::Vae;
-use crate::data::prepare::encoder;
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::{Identity, name};
 use crate::formats::safetensors::{SafeError, SafeFile};
@@ -61,11 +60,11 @@ pub(crate) const SOFTWARE: &str = concat!("edm2k ", env!("CARGO_PKG_VERSION"));
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum PipelineError {
-    #[error(transparent)]
+    #[error("{0}")]
     Model(#[from] ModelError),
-    #[error(transparent)]
+    #[error("{0}")]
     Condition(#[from] ConditionError),
-    #[error(transparent)]
+    #[error("{0}")]
     Mismatch(#[from] Mismatch),
     #[error("{} makes no latents of an SD-VAE, but pixels", model.display())]
     NoLatents { model: PathBuf },
@@ -81,17 +80,17 @@ pub enum PipelineError {
     NoCodec { model: PathBuf },
     #[error("{}: an image of shape {found:?}, expected {expected:?}", path.display())]
     Shape { path: PathBuf, found: Vec<usize>, expected: [usize; 3] },
-    #[error(transparent)]
+    #[error("{0}")]
     File(#[from] SafeError),
-    #[error(transparent)]
+    #[error("{0}")]
     Memory(#[from] TooLarge),
-    #[error(transparent)]
+    #[error("{0}")]
     Codec(#[from] CodecError),
-    #[error(transparent)]
+    #[error("{0}")]
     Sample(#[from] SampleError),
-    #[error(transparent)]
+    #[error("{0}")]
     NotTwo(#[from] NotTwo),
-    #[error(transparent)]
+    #[error("{0}")]
     Backend(#[from] BackendError),
     #[error("latents have no picture")]
     NoPicture,
@@ -217,10 +216,8 @@ impl Pipeline {
             return Ok(Beginning { values, name });
         }
         let wrong = |why: PictureError| PipelineError::Picture { path: path.into(), why: why.into() };
-        let image = decode::open(path, Tagger::BACKGROUND).map_err(wrong)?;
-        if let Some(profile) = image.unapplied {
-            self.warnings.push(format!("{name}: its colour profile ({profile}) cannot be applied; taken for sRGB"));
-        }
+        let image = decode::open(path, decode::WHITE).map_err(wrong)?;
+        self.warnings.extend(image.warning(&name));
         let codec = match (self.meta.encoder, &self.codec) {
             (ImageSpace::Rgb, _) => None,
             (ImageSpace::SdVae, Some(path)) => Some(CodecFile::open(path)?),
@@ -237,7 +234,7 @@ impl Pipeline {
         let values = match codec {
             None => picture.rgb().iter().copied().map(to_model).collect(),
             Some(codec) => {
-                let [mean, _] = encoder(&self.device, &codec)?(&picture)?;
+                let [mean, _] = self.device.encoder(&codec)?(&picture)?;
                 mean
             }
         };

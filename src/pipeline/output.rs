@@ -1,7 +1,7 @@
 //! The directory that images are written to.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use crate::pictures::{Picture, decode};
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum OutputError {
-    #[error(transparent)]
+    #[error("{0}")]
     Lock(#[from] LockError),
     #[error("{} exists", path.display())]
     Exists { path: PathBuf },
@@ -29,11 +29,11 @@ pub enum OutputError {
     Directory { path: PathBuf },
     #[error("{}: somebody else has made it meanwhile", path.display())]
     Meanwhile { path: PathBuf },
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
-    #[error(transparent)]
+    #[error("{0}")]
     Png(#[from] PngError),
-    #[error(transparent)]
+    #[error("{0}")]
     Latents(#[from] SafeError),
 }
 
@@ -136,9 +136,8 @@ impl OutDir {
     pub fn note_others(&self, given: &Value) -> Result<()> {
         for number in (0..self.part.of).filter(|&number| number != self.part.number) {
             let path = self.dir.join(note_name(Part { number, ..self.part }));
-            match File::create_new(&path).and_then(|mut file| write!(file, "{given}")) {
-                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-                other => other.at(path)?,
+            if path.symlink_metadata().is_err() {
+                write_atomically(&path, |out| write!(out, "{given}")).at(path)?;
             }
         }
         Ok(())

@@ -3,10 +3,9 @@
 use std::path::Path;
 
 use super::PipelineError;
-use crate::backend::BackendError;
 use crate::codec::{Autoencoder, CodecError, CodecFile};
 use crate::data::dataset::{Dataset, Representation};
-use crate::device::{Backends, Device, Work};
+use crate::device::{Decode, Device};
 use crate::memory::{self, TooLarge};
 use crate::pictures::Picture;
 
@@ -20,11 +19,10 @@ debug!(Viewer {});
 
 /// An autoencoder's decoder on a device.
 struct Decoder {
-    file: CodecFile,
+    /// Bytes that it needs for each place of a latent.
+    bytes: u128,
     decode: Box<Decode>,
 }
-
-type Decode = dyn FnMut([usize; 2], &[f32]) -> Result<Picture, CodecError>;
 
 impl Viewer {
     /// Of images that are pixels.
@@ -44,8 +42,8 @@ impl Viewer {
     ) -> Result<(Self, Option<String>), CodecError> {
         let file = CodecFile::open(path)?;
         let warning = file.check_latents(of, made_by)?;
-        let decode = device.run(Decoding(&file))?;
-        Ok((Self { decoder: Some(Decoder { file, decode }) }, warning))
+        let decode = device.decoder(&file)?;
+        Ok((Self { decoder: Some(Decoder { bytes: file.decoder_bytes(), decode }) }, warning))
     }
 
     /// A viewer for the images of a dataset that messages call `of`, in all its sizes. None if they are latents and
@@ -80,7 +78,8 @@ impl Viewer {
     /// [`TooLarge`].
     pub fn check(&self, size: [usize; 2]) -> Result<(), TooLarge> {
         let Some(decoder) = &self.decoder else { return Ok(()) };
-        memory::check(format!("decoding latents of {}x{}", size[1], size[0]), decoder.file.decoder_bytes(size))
+        let needed = decoder.bytes * size[0] as u128 * size[1] as u128;
+        memory::check(format!("decoding latents of {}x{}", size[1], size[0]), needed)
     }
 
     /// The picture of an image [height, width, channels].
@@ -95,17 +94,5 @@ impl Viewer {
             None => Ok(Picture::from_model(size[0], size[1], image)),
             Some(decoder) => (decoder.decode)(size, image),
         }
-    }
-}
-
-struct Decoding<'a>(&'a CodecFile);
-
-impl Work for Decoding<'_> {
-    type Output = Result<Box<Decode>, CodecError>;
-
-    fn run<M: Backends>(self, backends: &M) -> Self::Output {
-        let mut b = backends.codec().map_err(BackendError::from)?;
-        let decoder = self.0.decoder(&mut b)?;
-        Ok(Box::new(move |size, latent| decoder.decode(&mut b, size, latent)))
     }
 }

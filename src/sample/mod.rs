@@ -161,11 +161,13 @@ impl SamplerConfig {
         number(self.guidance.abs() <= 1e6, "guidance", self.guidance, "-1000000 to 1000000")?;
         if let Some((low, high)) = self.guidance_interval {
             let found = format!("{},{}", short(low), short(high));
-            check(0.0 <= low && low < high, "guidance interval", found, "0 <= low < high")?;
+            // JSON has no infinity.
+            let ok = 0.0 <= low && low < high && high.is_finite();
+            check(ok, "guidance interval", found, "finite numbers, 0 <= low < high")?;
         }
         let Churn { s_churn, s_min, s_max, s_noise } = self.churn;
         number(s_churn >= 0.0 && s_churn.is_finite(), "S_churn", s_churn, "a number from 0")?;
-        number(s_min >= 0.0, "S_min", s_min, "a number from 0")?;
+        number(s_min >= 0.0 && s_min.is_finite(), "S_min", s_min, "a number from 0")?;
         number(s_max >= s_min, "S_max", s_max, &format!("a number from S_min = {}", short(s_min)))?;
         number((0.0..=1e6).contains(&s_noise), "S_noise", s_noise, "0 to 1000000")?;
         if self.solver == Solver::Dpmpp2m {
@@ -217,7 +219,7 @@ pub enum SampleError {
     /// A setting makes no sense.
     #[error("{name} = {found}, expected {expected}")]
     Setting { name: &'static str, found: String, expected: String },
-    #[error(transparent)]
+    #[error("{0}")]
     Size(#[from] ConfigError),
     /// The conditions do not fit the network or the seeds.
     #[error("conditions: {found} values, expected {images} images times the network's {width}, or none")]
@@ -227,7 +229,7 @@ pub enum SampleError {
     /// The guiding network does not go with the network.
     #[error("the guiding network has {what} {found}, expected {expected}")]
     GuidingNetwork { what: &'static str, found: usize, expected: usize },
-    #[error(transparent)]
+    #[error("{0}")]
     Backend(#[from] BackendError),
     /// Somebody who saw a step wanted no more.
     #[error("stopped")]
@@ -459,7 +461,7 @@ struct Scales<T> {
     labels: Option<T>,
     /// Images at each level.
     images: usize,
-    /// All levels that there will be, in their order.
+    /// All levels that there will be, in their order. Those of another one are made alone.
     levels: Vec<f64>,
     made: Vec<(f64, T)>,
 }
@@ -472,7 +474,10 @@ impl<T: Clone> Scales<T> {
         }
         let images = self.images;
         let to_come = self.levels.iter().skip_while(|&&level| level != sigma);
-        let levels: Vec<f64> = to_come.take((AHEAD / images).max(1)).copied().collect();
+        let mut levels: Vec<f64> = to_come.take((AHEAD / images).max(1)).copied().collect();
+        if levels.is_empty() {
+            levels.push(sigma);
+        }
         let made =
             b.planned::<BackendError>(&Ahead(levels.clone(), images), self.labels.as_slice(), &mut |b, labels| {
                 let each: Vec<f32> = levels.iter().flat_map(|&level| vec![level as f32; images]).collect();

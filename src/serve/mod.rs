@@ -47,6 +47,7 @@ mod queue;
 mod request;
 mod runs;
 
+use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -54,7 +55,7 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use axum::http::Uri;
@@ -74,6 +75,7 @@ use crate::condition::vae::{Vae, VaeError};
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::model::{ImageSpace, ModelError, ModelFile};
 use crate::pipeline::{Domain, PipelineError};
+use crate::system;
 
 use guard::{Guard, Unsafe};
 use queue::{Capacity, Queue};
@@ -134,7 +136,7 @@ pub struct Options {
     pub hosts: Vec<String>,
     /// The token that clients must know.
     pub token: Option<String>,
-    /// Images at a time.
+    /// Images at a time; 0 counts as 1.
     pub batch: usize,
 }
 
@@ -143,7 +145,7 @@ pub struct Options {
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum ServeError {
-    #[error(transparent)]
+    #[error("{0}")]
     Unsafe(#[from] Unsafe),
     #[error("{address}: {cause}")]
     Listen { address: SocketAddr, cause: io::Error },
@@ -155,13 +157,13 @@ pub enum ServeError {
     NoPicture { model: PathBuf, channels: usize },
     #[error("{}: goes with none of the models{}", path.display(), why.as_ref().map_or(String::new(), |why| format!(": {why}")))]
     Unused { path: PathBuf, why: Option<String> },
-    #[error(transparent)]
+    #[error("{0}")]
     Model(#[from] ModelError),
-    #[error(transparent)]
+    #[error("{0}")]
     ConditionModel(#[from] VaeError),
-    #[error(transparent)]
+    #[error("{0}")]
     Codec(#[from] CodecError),
-    #[error(transparent)]
+    #[error("{0}")]
     Pipeline(#[from] PipelineError),
     #[error("the thread that speaks HTTP: {0}")]
     Http(io::Error),
@@ -171,7 +173,7 @@ pub enum ServeError {
 struct Server {
     offers: Vec<Arc<Offer>>,
     shelf: Shelf,
-    snapshots: Mutex<Vec<Arc<Offer>>>,
+    snapshots: Mutex<Vec<(Stamp, Arc<Offer>)>>,
     queue: Queue,
     guard: Arc<Guard>,
     runs: Option<Runs>,
@@ -181,23 +183,35 @@ struct Server {
     batch: usize,
 }
 
+/// What tells a file from another that had its name: its length, and when it was put there.
+type Stamp = (u64, Option<SystemTime>);
+
 impl Server {
-    /// The offer of a run's snapshot.
+    /// The offer of a run's snapshot. A run that began anew may have written another of the same name.
     fn snapshot(&self, name: &str) -> Result<Arc<Offer>, Refusal> {
         let path = self.runs.as_ref().and_then(|runs| runs.snapshot(name));
         let path = path.ok_or_else(|| Refusal::NotFound(format!("model {name:?}")))?;
+        let failed = |error: &dyn std::fmt::Display| Refusal::Failed(without_path(error, &path, name));
+        let about = fs::metadata(&path).map_err(|error| failed(&format!("{name}: {error}")))?;
+        let stamp = (about.len(), system::changed(&about));
         let mut known = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(offer) = known.iter().find(|offer| offer.path == path) {
+        if let Some((_, offer)) = known.iter().find(|(then, offer)| *then == stamp && offer.path == path) {
             return Ok(offer.clone());
         }
-        let (offer, _) = self.shelf.offer(name.into(), &path).map_err(|error| Refusal::Failed(error.to_string()))?;
+        let (offer, _) = self.shelf.offer(name.into(), &path).map_err(|error| failed(&error))?;
         let offer = Arc::new(offer);
+        known.retain(|(_, other)| other.path != path);
         if known.len() == SNAPSHOTS {
             known.remove(0);
         }
-        known.push(offer.clone());
+        known.push((stamp, offer.clone()));
         Ok(offer)
     }
+}
+
+/// What clients are told of an error with a model's file. Where the file lies is nobody's business.
+fn without_path(error: &dyn std::fmt::Display, path: &Path, name: &str) -> String {
+    error.to_string().replace(&*path.to_string_lossy(), name)
 }
 
 /// What there is to be used with a model.
@@ -312,7 +326,8 @@ pub fn serve(
     };
     let address = options.listen;
     let (listener, address) = listen(address).map_err(|cause| ServeError::Listen { address, cause })?;
-    let mut painter = paint::Painter::new(device.clone(), options.files, &offers, options.batch, options.outdir, say)?;
+    let batch = options.batch.max(1);
+    let mut painter = paint::Painter::new(device.clone(), options.files, &offers, batch, options.outdir, say)?;
     let server = Arc::new(Server {
         offers,
         shelf,
@@ -322,7 +337,7 @@ pub fn serve(
         runs,
         chosen: AtomicUsize::new(0),
         device: device.to_string(),
-        batch: options.batch,
+        batch,
     });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServeError::Http)?;
     let http = {
@@ -352,7 +367,7 @@ impl Drop for Closes {
 
 /// The highest number of a job in the names of a directory's pictures; makes the directory.
 fn last_number(dir: &Path) -> io::Result<u64> {
-    std::fs::create_dir_all(dir)?;
+    fs::create_dir_all(dir)?;
     let number = |name: &String| name.strip_suffix(".png")?.split_once('-')?.0.parse().ok();
     Ok(crate::formats::names(dir)?.iter().filter_map(number).max().unwrap_or(0))
 }

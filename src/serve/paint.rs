@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::preview::{ColourMap, data_url};
 use super::queue::{Job, Made, Preview, Turn};
 use super::request::{CheckedRequest, Offer};
-use super::{Files, ServeError, Server};
+use super::{Files, ServeError, Server, without_path};
 use crate::Device;
 use crate::condition::tagger::Tagger;
 use crate::model::ImageSpace;
@@ -93,7 +93,10 @@ impl Painter {
         while let Some(batch) = server.queue.next(self.batch) {
             match self.paint(server, &batch, say) {
                 Ok(()) | Err(PipelineError::Stopped) => {}
-                Err(why) => batch.jobs().for_each(|job| server.queue.fail(job, why.to_string())),
+                Err(why) => batch.jobs().for_each(|job| {
+                    let Offer { path, name, .. } = &*job.request.model;
+                    server.queue.fail(job, without_path(&why, path, name));
+                }),
             }
         }
     }
@@ -117,7 +120,7 @@ impl Painter {
         self.conditions.retain(|id, _| batch.jobs().any(|job| job.id == *id));
         for job in batch.jobs() {
             let Entry::Vacant(place) = self.conditions.entry(job.id) else { continue };
-            match conditions(pipeline, &job.request) {
+            match conditions(pipeline, &job.request, say) {
                 Ok(made) => drop(place.insert(made)),
                 Err(why) => server.queue.fail(job, why.to_string()),
             }
@@ -148,7 +151,7 @@ impl Painter {
             (Instant::now(), self.linear.as_ref().filter(|_| offer.meta.encoder == ImageSpace::SdVae));
         let mut spent = Duration::ZERO;
         let watch = |step: &mut Step| {
-            if images.iter().all(|(job, _)| job.is_cancelled()) {
+            if images.iter().all(|(job, _)| job.is_over()) {
                 return Err(PipelineError::Stopped);
             }
             let before = Instant::now();
@@ -181,7 +184,11 @@ impl Painter {
 }
 
 /// The conditions of a request, in the order of `edm2k sample`.
-fn conditions(pipeline: &mut Pipeline, request: &CheckedRequest) -> Result<Vec<Condition>, PipelineError> {
+fn conditions(
+    pipeline: &mut Pipeline,
+    request: &CheckedRequest,
+    say: &mut dyn FnMut(&str),
+) -> Result<Vec<Condition>, PipelineError> {
     let mut all = Vec::new();
     let seed = request.condition_seed;
     for text in &request.tags {
@@ -191,6 +198,7 @@ fn conditions(pipeline: &mut Pipeline, request: &CheckedRequest) -> Result<Vec<C
         let name = format!("upload {number}");
         let image = decode::decode(bytes, Tagger::BACKGROUND);
         let image = image.map_err(|why| pipeline::ConditionError::Picture { name: name.clone(), why: why.into() })?;
+        image.warning(&name).iter().for_each(|warning| say(&format!("warning: {warning}")));
         all.push(pipeline.like_picture(&image.picture, &name)?);
     }
     if request.invent > 0 {

@@ -131,7 +131,6 @@ pub struct Job {
     pub request: CheckedRequest,
     /// Images that were given to the device.
     given: AtomicUsize,
-    cancelled: AtomicBool,
     watched: AtomicBool,
     previewed: AtomicBool,
     seen: Mutex<Instant>,
@@ -157,7 +156,6 @@ impl Job {
             id,
             request,
             given: AtomicUsize::new(0),
-            cancelled: AtomicBool::new(false),
             watched: AtomicBool::new(false),
             previewed: AtomicBool::new(false),
             seen: Mutex::new(Instant::now()),
@@ -198,11 +196,6 @@ impl Job {
         self.view.receiver_count() > 0
     }
 
-    /// Whether its work may be dropped.
-    pub fn is_cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::Relaxed)
-    }
-
     /// Changes what is known, unless the job has ended.
     pub fn update(&self, change: impl FnOnce(&mut JobView)) {
         self.view.send_if_modified(|view| {
@@ -215,14 +208,14 @@ impl Job {
     }
 
     fn end(&self, stage: Stage, why: Option<String>) {
-        self.cancelled.store(stage == Stage::Cancelled, Ordering::Relaxed);
         self.update(|view| {
             (view.stage, view.why, view.ahead, view.seconds_left) = (stage, why, 0, None);
             view.previews.clear();
         });
     }
 
-    fn is_over(&self) -> bool {
+    /// Whether it has ended, so that its work may be dropped.
+    pub fn is_over(&self) -> bool {
         self.peek().stage.is_final()
     }
 

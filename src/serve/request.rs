@@ -212,7 +212,6 @@ impl CheckedRequest {
         for text in tags.iter().chain(&negative) {
             ensure(!model.prompt(text)?.tags().is_empty(), || format!("{text:?} has no tag"))?;
         }
-        let like = like.iter().map(|text| picture(text)).collect::<Result<Vec<_>, _>>()?;
 
         let rows = tags.len() + like.len() + invent;
         let per_condition = wanted.per_condition.unwrap_or(1);
@@ -237,6 +236,8 @@ impl CheckedRequest {
             let steps = sampler.taken();
             format!("{} images of {steps} steps are too much at this size; ask for fewer of either", seeds.len())
         })?;
+        // Last, as this decodes them.
+        let like = like.iter().map(|text| picture(text)).collect::<Result<Vec<_>, _>>()?;
         Ok(Self { model, tags, negative, complete, like, invent, condition_seed, per_condition, seeds, size, sampler })
     }
 
@@ -266,4 +267,25 @@ fn picture(base64: &str) -> Result<Bytes, Refusal> {
     })?;
     decode::decode(&bytes, Tagger::BACKGROUND).map_err(|why| refused(&why))?;
     Ok(bytes.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::config::preset;
+
+    #[test]
+    fn nothing_is_decoded_for_a_request_that_is_too_much() {
+        let config = preset("1girl-xs").unwrap().config;
+        let (path, vocabulary, meta) = (PathBuf::new(), Vocabulary::default(), ModelMeta::of(&config));
+        let (tags, like, invents, factor) = (Tags::No, true, false, 1);
+        let model = Arc::new(Offer { name: "m".into(), path, config, meta, vocabulary, tags, like, invents, factor });
+        let refused = |body: RequestBody| CheckedRequest::new(body, model.clone()).unwrap_err().to_string();
+        let body = RequestBody { like: vec!["?".into()], ..RequestBody::default() };
+        assert!(refused(body.clone()).starts_with("a picture: "));
+        let large = refused(RequestBody { width: Some(1 << 15), height: Some(1 << 15), ..body.clone() });
+        assert!(large.contains("32768x32768 is more than 4 times"), "{large}");
+        let many = refused(RequestBody { seeds: Some("0-64".into()), ..body });
+        assert_eq!(many, "65 images, expected 64 at most");
+    }
 }

@@ -9,9 +9,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::request::Refusal;
-use crate::formats::safetensors::SafeFile;
 use crate::formats::{self, input};
-use crate::train::checkpoint;
+use crate::train::checkpoint::{self, Checkpoint};
 use crate::train::stats::FILE as STATS;
 
 /// Largest file of statistics, and largest grid, that is read.
@@ -201,9 +200,7 @@ fn snapshots(run: &str, dir: &Path) -> Vec<(Snapshot, String)> {
 /// Images that a run is to see, as its newest checkpoint says.
 fn duration(dir: &Path) -> Option<u64> {
     let newest = checkpoint::list(dir).ok()?.into_iter().next()?;
-    let file = SafeFile::open(newest).ok()?;
-    let state: Value = serde_json::from_str(file.metadata().get("train")?).ok()?;
-    state["settings"]["duration"].as_u64()
+    Some(Checkpoint::open(&newest).ok()?.state.settings.duration)
 }
 
 impl Run {

@@ -44,7 +44,7 @@ pub struct State {
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum CheckpointError {
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     /// The checkpoint is not whole. An older one may be.
     #[error("{}: damaged: {what}", path.display())]
@@ -55,7 +55,7 @@ pub enum CheckpointError {
     /// The run has values that are not finite. No checkpoint is made of such values.
     #[error("{what} is not finite")]
     NotFinite { what: String },
-    #[error(transparent)]
+    #[error("{0}")]
     Backend(#[from] BackendError),
 }
 

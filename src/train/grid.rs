@@ -33,19 +33,19 @@ pub type Show<'a> = dyn FnMut([usize; 2], &[f32]) -> Result<Picture, CodecError>
 #[non_exhaustive]
 pub enum GridError {
     /// Sampling failed.
-    #[error(transparent)]
+    #[error("{0}")]
     Sample(#[from] SampleError),
     /// An image of the dataset.
-    #[error(transparent)]
+    #[error("{0}")]
     Data(#[from] DatasetError),
     /// Its latents have no picture.
-    #[error(transparent)]
+    #[error("{0}")]
     Codec(#[from] CodecError),
     /// The picture could not be written.
-    #[error(transparent)]
+    #[error("{0}")]
     Png(#[from] PngError),
     /// The ranks lost each other.
-    #[error(transparent)]
+    #[error("{0}")]
     Ranks(#[from] CollectiveError),
     /// Another rank failed to sample its share.
     #[error("rank {rank} could not sample its share")]

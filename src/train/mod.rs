@@ -97,19 +97,19 @@ use stats::StatsFile;
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum TrainError {
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
-    #[error(transparent)]
+    #[error("{0}")]
     Checkpoint(#[from] CheckpointError),
-    #[error(transparent)]
+    #[error("{0}")]
     Model(#[from] ModelError),
-    #[error(transparent)]
+    #[error("{0}")]
     Data(#[from] DatasetError),
-    #[error(transparent)]
+    #[error("{0}")]
     Validation(#[from] validation::ValidationError),
-    #[error(transparent)]
+    #[error("{0}")]
     Grid(#[from] grid::GridError),
-    #[error(transparent)]
+    #[error("{0}")]
     Backend(#[from] BackendError),
     /// The run that is to be resumed had other settings.
     #[error("{} was made with other options: {differences}. Give the same, or take another directory", path.display())]
@@ -120,11 +120,11 @@ pub enum TrainError {
          images: begin another, from a snapshot of this one", path.display()
     )]
     Grown { path: PathBuf, then: usize, then_print: Fingerprint, now: usize, now_print: Fingerprint },
-    #[error(transparent)]
+    #[error("{0}")]
     Lock(#[from] LockError),
-    #[error(transparent)]
+    #[error("{0}")]
     Setting(#[from] SettingError),
-    #[error(transparent)]
+    #[error("{0}")]
     Ranks(#[from] CollectiveError),
     /// Some ranks would have nothing to do.
     #[error("a batch of {batch} images, expected one at least for each of {ranks} ranks")]
@@ -163,6 +163,8 @@ pub enum Event<'a> {
     Status(&'a Status),
     /// A file was written to its end. Rank 0 reports those of all ranks.
     Saved(&'a Path),
+    /// The device has no memory for as many images at a time as before: a line that says so.
+    Fewer(String),
     /// Something else worth a line.
     Note(String),
 }
@@ -459,7 +461,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         self.backend.make_effective(Slot::Ema(0), Normalization::Eval)?;
         let mut batch = self.batch_aside.min(self.batch_gpu);
         let mut halved = |why: &dyn std::fmt::Display, n: usize| {
-            event(Event::Note(format!("warning: {why}; going on with {n} images at a time beside training")));
+            event(Event::Fewer(format!("warning: {why}; going on with {n} images at a time beside training")));
         };
         let done = work(self, &mut batch, &mut halved);
         self.batch_aside = batch;
@@ -504,7 +506,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let (rank, writers) = (self.ranks.rank(), self.writers);
         for (i, path) in paths.iter().enumerate().filter(|(i, _)| i % writers == rank) {
             match self.write_average(i, path) {
-                Err(TrainError::Model(ModelError::NotFinite { name, value, .. })) => {
+                Err(TrainError::Model(ModelError::NotFinite { name, value, .. })) if !value.is_finite() => {
                     return Err(self.diverged(format!("an average of {name} is {value:e}")));
                 }
                 other => other?,

@@ -352,17 +352,12 @@ impl Execution {
 
 /// The metadata of a model that learns from these images.
 pub fn meta_of(data: &Dataset, config: &Config, seed: u64) -> ModelMeta {
-    let header = data.header();
-    // Places of features have no names.
-    let tags = match header.conditioning {
-        Conditioning::Tags => data.vocabulary().tags(),
-        Conditioning::Features { .. } => &[],
-    };
+    let (header, tags) = (data.header(), data.meaning().tags);
     ModelMeta {
         height: header.height,
         width: header.width,
         encoder: if header.kind == Representation::Latents { ImageSpace::SdVae } else { ImageSpace::Rgb },
-        vocabulary: if tags.len() == config.label_dim { tags.iter().map(|t| t.tag.clone()).collect() } else { vec![] },
+        vocabulary: if tags.len() == config.label_dim { tags } else { vec![] },
         conditioning: header.conditioning.clone(),
         autoencoder: header.autoencoder.clone(),
         data: data.fingerprint(),

@@ -197,7 +197,7 @@ fn draw(loss: &[(f64, f64)], validation: &[(f64, f64)]) -> Result<String, PlotEr
 
 /// Why a picture could not be drawn.
 #[derive(Debug, thiserror::Error)]
-#[error(transparent)]
+#[error("{0}")]
 pub struct PlotError(#[from] DrawingAreaErrorKind<io::Error>);
 
 /// Draws curves as SVG: the horizontal axis with its name, range, and how its numbers are written; the vertical

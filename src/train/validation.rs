@@ -22,11 +22,11 @@ const DRAWS: usize = 4;
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum ValidationError {
-    #[error(transparent)]
+    #[error("{0}")]
     Data(#[from] DatasetError),
-    #[error(transparent)]
+    #[error("{0}")]
     Backend(#[from] BackendError),
-    #[error(transparent)]
+    #[error("{0}")]
     Ranks(#[from] CollectiveError),
 }
 

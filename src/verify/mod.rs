@@ -206,7 +206,7 @@ pub enum VerifyError {
     /// It cannot be listed, or holds nothing that is known.
     #[error("{}: {what}", path.display())]
     Directory { path: PathBuf, what: String },
-    #[error(transparent)]
+    #[error("{0}")]
     File(#[from] SafeError),
     /// A JSON file or an entry of a file's metadata.
     #[error("{}: {what}", path.display())]
@@ -214,13 +214,13 @@ pub enum VerifyError {
     /// A config that describes no network.
     #[error("{}: {cause}", path.display())]
     Config { path: PathBuf, cause: ConfigError },
-    #[error(transparent)]
+    #[error("{0}")]
     Codec(#[from] CodecError),
-    #[error(transparent)]
+    #[error("{0}")]
     Backend(#[from] BackendError),
-    #[error(transparent)]
+    #[error("{0}")]
     Device(#[from] DeviceError),
-    #[error(transparent)]
+    #[error("{0}")]
     Sample(#[from] SampleError),
 }
 
@@ -325,8 +325,8 @@ impl<M: Backends> Session<'_, M> {
                 Ok(())
             }
             Err(
-                VerifyError::Backend(BackendError::Device(DeviceError::Unavailable(why)))
-                | VerifyError::Device(DeviceError::Unavailable(why)),
+                VerifyError::Backend(BackendError::Device(DeviceError::Unavailable(why) | DeviceError::NoLoop(why)))
+                | VerifyError::Device(DeviceError::Unavailable(why) | DeviceError::NoLoop(why)),
             ) => {
                 self.skip(name, why);
                 Ok(())

@@ -513,6 +513,10 @@ fn damaged_files_are_refused_by_file_and_tensor() {
         // Without its first resnet a level is none, and what follows does not fit.
         assert!(error.contains("bad.safetensors: tensor "), "{name}: {error}");
     }
+    let many = (0..65).map(|level| {
+        (format!("encoder.down_blocks.{level}.resnets.0.conv1.weight"), (vec![32, 1, 3, 3], vec![0.0; 288]))
+    });
+    refuse(&good.clone().into_iter().chain(many).collect(), &["found a level, expected 8 levels at most"]);
     let changed = |change: &dyn Fn(&mut File)| {
         let mut file = good.clone();
         change(&mut file);

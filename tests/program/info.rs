@@ -110,6 +110,9 @@ fn bench_measures_time_and_memory() {
         // Linux tells the peak of a process.
         assert!(row.ends_with(" MiB") || !cfg!(target_os = "linux"), "{row}");
     }
+    let large = here(&["bench", "--device", "cpu", "--size", "65536x65536"]).assert().failure();
+    let said = String::from_utf8_lossy(&large.get_output().stderr).into_owned();
+    assert!(said.contains("error: a batch of 2 images of 65536x65536 needs "), "{said}");
 }
 
 #[test]

@@ -446,6 +446,11 @@ fn settings_and_shapes_are_checked_before_anything_runs() {
         ("strength = 0", SamplerConfig { strength: 0.0, ..SHORT }),
         ("guidance = inf", SamplerConfig { guidance: f64::INFINITY, ..SHORT }),
         ("guidance interval = 3,1", SamplerConfig { guidance_interval: Some((3.0, 1.0)), ..SHORT }),
+        ("guidance interval = 1,inf", SamplerConfig { guidance_interval: Some((1.0, f64::INFINITY)), ..SHORT }),
+        (
+            "S_min = inf",
+            SamplerConfig { solver: Solver::Heun, churn: Churn { s_min: f64::INFINITY, ..Churn::NONE }, ..SHORT },
+        ),
         (
             "S_churn = 5, expected 0 with dpmpp_2m",
             SamplerConfig { churn: Churn { s_churn: 5.0, ..Churn::NONE }, ..SHORT },
@@ -834,6 +839,7 @@ fn rows_lead_from_one_image_to_another_and_images_from_pictures() {
     fs::write(bench.path("bomb.png"), bomb.concat()).unwrap();
     bench.fails("--outdir e --from bomb.png", "--from: bomb.png: 100000x100000 is more than 67108864 pixels");
     bench.fails("--outdir e --from missing.png", "--from: missing.png: ");
+    bench.fails("--outdir e --from drawing.png --size 65536x65536", "a batch of 1 images of 65536x65536 needs ");
     bench.fails("--outdir e --from m.safetensors", "--from: m.safetensors: ");
     assert!(!bench.path("e").exists());
 }

@@ -702,6 +702,16 @@ fn runs_are_shown_while_they_go_and_their_snapshots_draw() {
         server.post("/api/v1/generate?wait=true", &json!({"model": model, "tags": ["cat"], "seeds": "3"})).expect(200);
     let file = "runs/mine/snapshot-000000064-0.100.safetensors";
     assert!(pictures(&job) == place.sample(&format!("--model {file} --tags cat --seeds 3"), &[3]));
+
+    // A run that begins anew writes others of the same names.
+    let draw = || server.post("/api/v1/generate?wait=true", &json!({"model": model, "tags": ["cat"], "seeds": "3"}));
+    tiny(&place.path(file), 9);
+    let anew = pictures(&draw().expect(200));
+    assert!(anew == place.sample(&format!("--model {file} --tags cat --seeds 3"), &[3]) && anew != pictures(&job));
+    let whole = fs::read(place.path(file)).unwrap();
+    fs::write(place.path(file), &whole[..whole.len() - 1]).unwrap();
+    let said = draw().expect(500)["detail"].to_string();
+    assert!(said.contains("mine/snapshot-000000064-0.100: ") && !said.contains("runs/mine"), "{said}");
 }
 
 #[test]

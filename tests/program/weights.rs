@@ -240,6 +240,104 @@ fn what_torch_and_pickle_write_is_read_and_damage_is_an_error() {
     same(&weights::open(&path).unwrap());
 }
 
+/// The bytes with the first `from` in them changed to `to`.
+fn swapped(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
+    let place = bytes.windows(from.len()).position(|window| window == from).unwrap();
+    [&bytes[..place], to, &bytes[place + from.len()..]].concat()
+}
+
+#[test]
+fn a_flipped_bit_of_a_zip_is_no_weight() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("w.pt");
+    let open = |bytes: &[u8]| {
+        fs::write(&path, bytes).unwrap();
+        weights::open(&path).map(|file| file.f32("a").unwrap()).map_err(|error| error.to_string())
+    };
+    let whole = torch_zip(&BTreeMap::from([("a".into(), (vec![2], vec![3.0, 5.0]))]), None);
+    let flipped = swapped(&whole, &5f32.to_le_bytes(), &7f32.to_le_bytes());
+    let said = open(&flipped).unwrap_err();
+    assert!(said.contains("w.pt: ") && said.contains("entry 'data/0' of a zip: checksum "), "{said}");
+    // `torch.save` can be told to compute no checksums, and writes 0 then.
+    let sum = crc32fast::hash(&little(&[3.0, 5.0])).to_le_bytes();
+    let without = |bytes: &[u8]| swapped(&swapped(bytes, &sum, &[0; 4]), &sum, &[0; 4]);
+    assert_eq!(open(&without(&whole)).unwrap(), [3.0, 5.0]);
+    // Two entries in one place could be read again and again.
+    let big = vec![1; 1000];
+    let entries = [("a/data.pkl", big.clone()), ("a/data/0", big)];
+    let twice = zip(&entries, false);
+    let at = twice.windows(10).rposition(|window| window == b"a/data.pkl").unwrap();
+    let entry = &twice[at - 46..at + 10];
+    let end = twice.windows(4).rposition(|window| window == b"PK\x05\x06").unwrap();
+    let mut hostile = [&twice[..end], entry, entry, &twice[end..]].concat();
+    let end = end + 2 * entry.len();
+    for (place, more) in [(end + 8, 2), (end + 10, 2), (end + 12, 2 * entry.len() as u8)] {
+        hostile[place] += more;
+    }
+    let said = open(&hostile).unwrap_err();
+    assert!(said.contains("a zip whose entries overlap"), "{said}");
+}
+
+#[test]
+fn storages_of_other_types_matter_only_to_tensors_that_are_wanted() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("w.pt");
+    let tensors: Tensors =
+        BTreeMap::from([("a".into(), (vec![2], vec![3.0, 5.0])), ("b".into(), (vec![1], vec![1.0]))]);
+    let open = |bytes: Vec<u8>| {
+        fs::write(&path, bytes).unwrap();
+        weights::open(&path).map(|file| file.f32("a").unwrap()).map_err(|error| error.to_string())
+    };
+    // The last storage becomes one of other numbers, as long as before; and its tensor becomes something else.
+    let p = pickled(&tensors, None);
+    let at = p.windows(12).rposition(|window| window == b"FloatStorage").unwrap();
+    let mut p = [&p[..at], b"QInt32Storage", &p[at + 12..]].concat();
+    let zipped = |p: &[u8]| {
+        let [a, b] = [&[3.0, 5.0][..], &[1.0]].map(little);
+        zip(&[("x/data.pkl", p.to_vec()), ("x/data/0", a), ("x/data/1", b)], false)
+    };
+    let legacy = |p: &[u8]| swapped(&torch_legacy(&tensors), &pickled(&tensors, None), p);
+    for bytes in [zipped(&p), legacy(&p)] {
+        let said = open(bytes).unwrap_err();
+        assert!(
+            said.contains("found the name torch.QInt32Storage, expected the name of a torch.Storage of floats"),
+            "{said}"
+        );
+    }
+    let last = p.windows(18).rposition(|window| window == b"_rebuild_tensor_v2").unwrap();
+    p[last + 17] = b'9';
+    for bytes in [zipped(&p), legacy(&p)] {
+        assert_eq!(open(bytes).unwrap(), [3.0, 5.0]);
+    }
+}
+
+/// Resident memory of this process.
+#[cfg(target_os = "linux")]
+fn resident() -> usize {
+    let pages = fs::read_to_string("/proc/self/statm").unwrap();
+    pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn an_autoencoder_out_of_a_checkpoint_keeps_nothing_of_the_rest() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("v1.ckpt");
+    autoencoder::write(&path, &autoencoder::sd_vae(&[32, 64], 1));
+    let file = SafeFile::open(&path).unwrap();
+    let tensor = |name: &str| (name.to_owned(), (file.shape(name).unwrap().to_vec(), file.f32(name).unwrap()));
+    let mut whole = prefixed(&file.names().map(tensor).collect(), "first_stage_model.");
+    const VALUES: usize = 32 << 20;
+    whole.insert("model.diffusion_model.out".into(), (vec![VALUES], vec![0.5; VALUES]));
+    fs::write(&path, torch_zip(&whole, Some("state_dict"))).unwrap();
+    drop((file, whole));
+    let before = resident();
+    let opened = CodecFile::open(&path).unwrap();
+    // Other tests run meanwhile.
+    assert!(resident() < before + 2 * VALUES, "{} MiB before, {} after", before >> 20, resident() >> 20);
+    drop(opened);
+}
+
 /// Names of the latent diffusion model's authors, of those of `diffusers`.
 fn first_names(name: &str, levels: usize) -> String {
     let mut name = name.to_owned();

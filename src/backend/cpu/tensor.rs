@@ -6,17 +6,52 @@ use crate::system::advise_huge_pages;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-/// Freed buffers by length. They are used again because fresh pages cost more than the arithmetic on them.
+/// Freed buffers. They are used again because fresh pages cost more than the arithmetic on them.
 #[derive(Default)]
-pub struct Pool<T>(Mutex<HashMap<usize, Vec<Vec<T>>>>);
+pub struct Pool<T>(Mutex<Freed<T>>);
 
 debug!(Pool<T> {} [T]);
+
+#[derive(Default)]
+struct Freed<T> {
+    by_length: HashMap<usize, Vec<Vec<T>>>,
+    /// Values in them.
+    values: usize,
+    /// Values of the tensors that are in use, and the most that were at once.
+    live: usize,
+    most: usize,
+}
+
+impl<T> Freed<T> {
+    fn take(&mut self, length: usize) -> Option<Vec<T>> {
+        self.live += length;
+        self.most = self.most.max(self.live);
+        let buffer = self.by_length.get_mut(&length)?.pop()?;
+        self.values -= length;
+        Some(buffer)
+    }
+
+    fn put(&mut self, buffer: Vec<T>) {
+        self.live -= buffer.len();
+        // What one size of images leaves is about as much as it had in use. More is left by other sizes, which may never
+        // come again.
+        if self.values + buffer.len() > 2 * self.most {
+            self.clear();
+        }
+        self.values += buffer.len();
+        self.by_length.entry(buffer.len()).or_default().push(buffer);
+    }
+
+    fn clear(&mut self) {
+        (self.by_length, self.values, self.most) = (HashMap::new(), 0, self.live);
+    }
+}
 
 impl<T> Pool<T> {
     /// Gives the freed buffers back to the system.
     pub fn clear(&self) {
-        if let Ok(mut free) = self.0.lock() {
-            free.clear();
+        if let Ok(mut freed) = self.0.lock() {
+            freed.clear();
         }
     }
 }
@@ -29,8 +64,8 @@ struct Buffer<T: Real> {
 impl<T: Real> Drop for Buffer<T> {
     fn drop(&mut self) {
         let values = std::mem::take(&mut self.values);
-        if let Ok(mut free) = self.pool.0.lock() {
-            free.entry(values.len()).or_default().push(values);
+        if let Ok(mut freed) = self.pool.0.lock() {
+            freed.put(values);
         }
     }
 }
@@ -51,8 +86,8 @@ impl<T: Real> Tensor<T> {
     /// A tensor with arbitrary values. Whoever asks for it must write all of them.
     pub fn uninit(pool: &Arc<Pool<T>>, shape: Shape) -> Self {
         let len = shape.iter().product();
-        let free = pool.0.lock().ok().and_then(|mut free| free.get_mut(&len).and_then(Vec::pop));
-        let values = free.unwrap_or_else(|| {
+        let freed = pool.0.lock().ok().and_then(|mut freed| freed.take(len));
+        let values = freed.unwrap_or_else(|| {
             let mut fresh = vec![T::zero(); len];
             if size_of_val(&fresh[..]) >= HUGE {
                 advise_huge_pages(&mut fresh);
@@ -80,5 +115,31 @@ impl<T: Real> Tensor<T> {
             *self = copy;
         }
         &mut Arc::get_mut(&mut self.buffer).expect("the only owner").values
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_that_do_not_come_again_leave_nothing_behind() {
+        let pool = Arc::<Pool<f32>>::default();
+        let freed = || {
+            let freed = pool.0.lock().unwrap();
+            let values: usize = freed.by_length.iter().map(|(length, buffers)| length * buffers.len()).sum();
+            assert_eq!((values, freed.live), (freed.values, 0));
+            values
+        };
+        for side in 1..=100 {
+            let _both = [1, 2].map(|n| Tensor::uninit(&pool, [n, side, side, 1]));
+        }
+        assert!(freed() <= 2 * 3 * 100 * 100, "{} values", freed());
+
+        let place = || Tensor::uninit(&pool, [1, 100, 100, 1]).values().as_ptr();
+        let first = place();
+        assert!((0..1000).all(|_| place() == first), "a size that does come again has its memory again");
+        pool.clear();
+        assert_eq!(freed(), 0);
     }
 }

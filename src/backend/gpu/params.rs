@@ -206,9 +206,8 @@ impl Params {
         table: &ParamTable,
         emas: Option<usize>,
     ) -> Result<Self, DeviceError> {
-        if emas.is_some_and(|emas| emas > weights::MAX_EMAS) {
-            let (found, most) = (emas.unwrap_or(0), weights::MAX_EMAS);
-            return Err(DeviceError::Unavailable(format!("{found} moving averages, at most {most} on a GPU")));
+        if let Some(found) = emas.filter(|&emas| emas > weights::MAX_EMAS) {
+            return Err(DeviceError::Averages { found, most: weights::MAX_EMAS });
         }
         let (mut values, mut exact) = (0, 0);
         let mut places: Vec<ParamPlace> = table.iter().map(|(_, spec)| place(spec)).collect();

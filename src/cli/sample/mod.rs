@@ -336,8 +336,9 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         request = request.interpolated(count.into()).context("--interpolate")?;
     }
     if let Some(path) = &args.from {
+        // There may be no room for it.
+        pipeline.check(&request)?;
         let size = pipeline.size(&request);
-        pipeline.net().config.check_size(size[0], size[1])?;
         request.from = Some(pipeline.beginning(path, size).context("--from")?);
         warn(&mut pipeline, ranks, "--from ");
     }

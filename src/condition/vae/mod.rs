@@ -101,7 +101,7 @@ const HEADER_KEY: &str = "condition_model";
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum VaeError {
-    #[error(transparent)]
+    #[error("{0}")]
     File(#[from] SafeError),
     #[error("{}: metadata \"{HEADER_KEY}\": {what}", path.display())]
     Header { path: PathBuf, what: String },

@@ -71,7 +71,6 @@ pub use folder::Folder;
 pub use grow::{add, retag};
 pub use records::{Listing, Location, Record, Records, TagTable};
 pub use render::LatentEncoder;
-pub(crate) use render::encoder;
 pub use report::{Bucket, Counts, Event, PrepareError, Report, Summary};
 pub use settings::Settings;
 

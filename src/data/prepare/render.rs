@@ -11,14 +11,13 @@ use serde_json::{Map, Value};
 use super::records::{Listing, Record};
 use super::report::{Event, PrepareError, Report};
 use super::settings::Settings;
-use crate::backend::BackendError;
 use crate::codec::{Autoencoder, CodecError, CodecFile, LATENTS};
 use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::Vocabulary;
 use crate::condition::{Conditioning, unit_norm};
 use crate::data::features::Features;
 use crate::data::shard::{Drop, Dropped, Notes, ShardImage, ShardImages, Unapplied};
-use crate::device::{Backends, Device, Work};
+use crate::device::{Device, Encode};
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::transposed;
 use crate::pictures::decode::{Decoded, decode};
@@ -38,37 +37,16 @@ pub struct LatentEncoder {
 
 debug!(LatentEncoder { autoencoder, factor });
 
-/// Mean and standard deviation of a picture's latents, [H / factor, W / factor, C] each, in the network's scale.
-pub type Encode = dyn FnMut(&Picture) -> Result<[Vec<f32>; 2], CodecError>;
-
 impl LatentEncoder {
     /// An autoencoder on a device.
     ///
     /// # Errors
     /// The autoencoder has no encoder, or its weights are damaged; or the device's.
     pub fn open(device: &Device, file: &CodecFile) -> Result<Self, CodecError> {
-        let encode = encoder(device, file)?;
+        let encode = device.encoder(file)?;
         let autoencoder = file.autoencoder()?.ok_or_else(|| file.half("decoder", "encoder"))?;
         Ok(Self { autoencoder, factor: file.factor(), encode })
     }
-}
-
-/// An autoencoder's encoder, on a device.
-///
-/// # Errors
-/// As [`LatentEncoder::open`].
-pub fn encoder(device: &Device, file: &CodecFile) -> Result<Box<Encode>, CodecError> {
-    struct Encoding<'a>(&'a CodecFile);
-    impl Work for Encoding<'_> {
-        type Output = Result<Box<Encode>, CodecError>;
-
-        fn run<M: Backends>(self, backends: &M) -> Self::Output {
-            let mut b = backends.codec().map_err(BackendError::from)?;
-            let encoder = self.0.encoder(&mut b)?;
-            Ok(Box::new(move |picture| Ok(encoder.encode(&mut b, picture)?.scaled())))
-        }
-    }
-    device.run(Encoding(file))
 }
 
 /// What conditions are made of.

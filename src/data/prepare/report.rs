@@ -24,7 +24,7 @@ use crate::onnx::OnnxError;
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum PrepareError {
-    #[error(transparent)]
+    #[error("{0}")]
     Io(#[from] FileError),
     #[error("{} line {line}: {what}", path.display())]
     Line { path: PathBuf, line: usize, what: String },
@@ -66,23 +66,23 @@ pub enum PrepareError {
     DamagedVocabulary { path: PathBuf, what: String },
     #[error("{0}; smaller shards need less")]
     Memory(#[from] TooLarge),
-    #[error(transparent)]
+    #[error("{0}")]
     Lock(#[from] LockError),
-    #[error(transparent)]
+    #[error("{0}")]
     Shard(#[from] ShardError),
-    #[error(transparent)]
+    #[error("{0}")]
     Dataset(#[from] DatasetError),
-    #[error(transparent)]
+    #[error("{0}")]
     File(#[from] SafeError),
-    #[error(transparent)]
+    #[error("{0}")]
     Tar(#[from] TarError),
-    #[error(transparent)]
+    #[error("{0}")]
     Features(#[from] FeatureError),
-    #[error(transparent)]
+    #[error("{0}")]
     Tagger(#[from] OnnxError),
-    #[error(transparent)]
+    #[error("{0}")]
     Codec(#[from] CodecError),
-    #[error(transparent)]
+    #[error("{0}")]
     Vocabulary(#[from] VocabularyError),
     #[error("none of the {records} images could be kept ({dropped})")]
     NothingKept { records: usize, dropped: Drops },

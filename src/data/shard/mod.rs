@@ -231,7 +231,7 @@ impl VocabularyPrint {
 #[allow(missing_docs)] // the messages say it
 #[non_exhaustive]
 pub enum ShardError {
-    #[error(transparent)]
+    #[error("{0}")]
     File(#[from] SafeError),
     #[error("{}: metadata \"{HEADER}\": {what}", path.display())]
     Header { path: PathBuf, what: String },

@@ -134,7 +134,7 @@ impl<P> Gpu<P> {
             let (name, found) = (runtime.name(), card.capability);
             let what =
                 format!("{name}: compute capability {}.{}, convolutions by wgmma need 9.0", found / 10, found % 10);
-            return Err(DeviceError::Unavailable(what));
+            return Err(DeviceError::NoLoop(what));
         }
         let arrived = runtime.allocate(ARRIVED_BYTES, "counters")?;
         // SAFETY: the whole of that memory.
