@@ -337,7 +337,10 @@ fn shown(settings: &Settings, summary: &Summary, skipped: &str) -> String {
     let [(_, train), (_, validation), _] = &summary.splits;
     for (number, what) in [(train.kept, "nothing to train on"), (validation.kept, "no validation loss and no `eval`")] {
         if number == 0 {
-            lines.push(format!("  warning: {what}: one in --validation-modulus {} is set aside", settings.validation_modulus));
+            lines.push(format!(
+                "  warning: {what}: one in --validation-modulus {} is set aside",
+                settings.validation_modulus
+            ));
         }
     }
     for Bucket { size, images } in summary.sizes.iter().filter(|_| summary.sizes.len() > 1) {

@@ -367,7 +367,10 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     let settings = settings(args, data, config, preset.as_ref(), start)?;
     settings.validate()?;
     if settings.config.label_dim > 0 && settings.cond_dropout == 0.0 {
-        notes.push("every image keeps its condition, so the model can be drawn from without guidance only (--cond-dropout)".to_owned());
+        notes.push(
+            "every image keeps its condition, so the model can be drawn from without guidance only (--cond-dropout)"
+                .to_owned(),
+        );
     }
 
     let recipe = preset.as_ref().and_then(|preset| preset.recipe);

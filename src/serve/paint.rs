@@ -73,7 +73,10 @@ impl Painter {
             let mut pipeline = open(&device, &files, offer)?;
             pipeline.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
             if pipeline.cannot_guide() {
-                say(&format!("warning: {} was trained without --cond-dropout: guidance other than 1 makes its pictures worse", offer.path.display()));
+                say(&format!(
+                    "warning: {} was trained without --cond-dropout: guidance other than 1 makes its pictures worse",
+                    offer.path.display()
+                ));
             }
             loaded.push((offer.clone(), pipeline));
         }

@@ -522,11 +522,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
 
     fn meta_now(&self) -> ModelMeta {
         let nimg = self.state.nimg;
-        ModelMeta {
-            images_seen: nimg,
-            cond_dropout: Some(self.settings.cond_dropout_after(nimg)),
-            ..self.meta.clone()
-        }
+        ModelMeta { images_seen: nimg, cond_dropout: Some(self.settings.cond_dropout_after(nimg)), ..self.meta.clone() }
     }
 
     /// Writes a moving average parameter by parameter. Ranks of one machine share its memory, and may write at once.

@@ -780,7 +780,10 @@ fn a_model_that_always_saw_conditions_is_drawn_from_without_guidance() {
     assert!(!said.contains("every image keeps its condition"), "{said}");
     let of = |run: &str, nimg: usize| format!("{run}/snapshot-{nimg:09}-0.100.safetensors");
     let dropout = |name: &str| Model::load(place.path(name)).unwrap().meta.cond_dropout;
-    assert_eq!([of("always", 48), of("late", 24), of("late", 48)].map(|name| dropout(&name)), [Some(0.0), Some(0.0), Some(0.5)]);
+    assert_eq!(
+        [of("always", 48), of("late", 24), of("late", 48)].map(|name| dropout(&name)),
+        [Some(0.0), Some(0.0), Some(0.5)]
+    );
 
     let sample = |model: &str, out: &str, more: &str| {
         let line = format!("sample --model {model} --outdir {out} --tags t1 --steps 2 {more}");
@@ -852,7 +855,11 @@ fn a_dry_run_says_everything_and_writes_nothing() {
     assert!(json["memory_bytes"]["activations"].as_u64().unwrap() > 0);
     assert!(!place.path("run").exists());
     let mut nowhere = Command::new(env!("CARGO_BIN_EXE_edm2k"));
-    nowhere.args(["train", "--dry-run", "--duration", "1500", "--data"]).arg(place.path("data")).arg("--config").arg(place.path("config.json"));
+    nowhere
+        .args(["train", "--dry-run", "--duration", "1500", "--data"])
+        .arg(place.path("data"))
+        .arg("--config")
+        .arg(place.path("config.json"));
     let without: Value = serde_json::from_str(&succeed(&mut nowhere)).unwrap();
     assert_eq!(without["parameters"], json["parameters"]);
 
