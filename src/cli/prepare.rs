@@ -14,6 +14,7 @@ use edm2k::collective::{Part, agree_on};
 use edm2k::data::dataset::VOCABULARY_FILE;
 use edm2k::data::prepare::{self, Bucket, Danbooru, Drop, Event, Folder, LatentEncoder, Records, Settings, Summary};
 use edm2k::formats::fingerprint::Identity;
+use edm2k::pictures::Size;
 use edm2k::pictures::decode::unapplied;
 
 use super::DeviceArgs;
@@ -208,7 +209,7 @@ fn given(args: &PrepareArgs, settings: &Settings) -> anyhow::Result<Value> {
     Ok(json!({
         "metadata": file("--metadata", Some(&args.metadata))?,
         "out": args.out.display().to_string(),
-        "sizes": sizes,
+        "sizes": sizes.iter().map(Size::to_string).collect::<Vec<_>>(),
         "background": background,
         "max-crop": max_crop,
         "vocabulary": vocabulary,
@@ -239,7 +240,8 @@ fn wanted(args: &PrepareArgs, part: Part) -> (Box<dyn Records>, Settings) {
         None => Box::new(Folder { images: args.images.clone().unwrap_or_default(), metadata: args.metadata.clone() }),
     };
     let sizes = if args.sizes.is_empty() { vec![args.size.unwrap_or([704, 512])] } else { args.sizes.clone() };
-    let sizes = sizes.iter().map(|[height, width]| [*width as u32, *height as u32]).collect(); // at most 65536
+    // At most 65536.
+    let sizes = sizes.iter().map(|[height, width]| Size { width: *width as u32, height: *height as u32 }).collect();
     let settings = Settings {
         features: args.features.clone().map(|features| (features, args.feature_ids.clone())),
         tagger: args.tagger.clone().map(|tagger| (tagger, args.tagger_node.clone())),

@@ -27,7 +27,7 @@ use image::{DynamicImage, ImageDecoder, ImageError, ImageReader};
 use moxcms::Layout;
 
 use super::colour::{space, to_srgb};
-use super::{Picture, PictureError, jpeg};
+use super::{Picture, PictureError, Size, jpeg};
 use crate::formats::input;
 
 /// The most pixels that an image may have: 64 Mi.
@@ -95,13 +95,13 @@ pub fn open(path: &Path, background: [u8; 3]) -> Result<Decoded, PictureError> {
     decode(&input::read(path, MAX_BYTES)?, background)
 }
 
-/// Width and height in pixels, as an image file's head says; nothing is decoded.
+/// The size that an image file's head says; nothing is decoded.
 ///
 /// # Errors
 /// The file is of no known kind, or its head is damaged.
-pub fn size(bytes: &[u8]) -> Result<[u32; 2], PictureError> {
+pub fn size(bytes: &[u8]) -> Result<Size, PictureError> {
     let (width, height) = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?.into_dimensions()?;
-    Ok([width, height])
+    Ok(Size { width, height })
 }
 
 /// Decodes an image file, on a background if it is transparent.

@@ -18,6 +18,7 @@ pub mod fit;
 mod jpeg;
 pub mod png;
 
+use std::fmt;
 use std::io;
 
 /// Why a file is no picture.
@@ -47,6 +48,28 @@ const GUTTER_GREY: u8 = 0xc0;
 /// A pixel's value in model space, -1 to 1: EDM2's `StandardRGBEncoder`.
 pub fn to_model(x: u8) -> f32 {
     f32::from(x) / 127.5 - 1.0
+}
+
+/// The size of a picture in pixels; shown as `WIDTHxHEIGHT`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// From left to right.
+    pub width: u32,
+    /// From top to bottom.
+    pub height: u32,
+}
+
+impl Size {
+    /// How many pixels that is.
+    pub fn pixels(self) -> u64 {
+        u64::from(self.width) * u64::from(self.height)
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}", self.width, self.height)
+    }
 }
 
 /// An 8-bit sRGB picture.
@@ -86,6 +109,12 @@ impl Picture {
     /// Height in pixels.
     pub fn height(&self) -> usize {
         self.height
+    }
+
+    /// Width and height.
+    pub fn size(&self) -> Size {
+        // As files have them; sides of grids are far below that, too.
+        Size { width: self.width as u32, height: self.height as u32 }
     }
 
     /// Pixels, `[H, W, 3]`.

@@ -49,7 +49,7 @@ use crate::formats::{At, FileError, transposed};
 use crate::memory;
 pub use crate::memory::TooLarge;
 use crate::model::{Config, ImageSpace, Model, ModelError, ModelMeta, Precond};
-use crate::pictures::{PictureError, decode, fit, to_model};
+use crate::pictures::{PictureError, Size, decode, fit, to_model};
 use crate::sample::{self, Batch, Observe, SampleError, Sampler, SamplerConfig};
 
 /// The program's name and version, as text chunks have them.
@@ -224,11 +224,10 @@ impl Pipeline {
             (ImageSpace::SdVae, None) => return Err(PipelineError::NoCodec { model: self.path.clone() }),
         };
         let factor = codec.as_ref().map_or(1, CodecFile::factor);
-        let target = [width, height].map(|side| (side * factor) as u32);
-        let crop = fit::crop([image.picture.width() as u32, image.picture.height() as u32], target);
+        let target = Size { width: (width * factor) as u32, height: (height * factor) as u32 };
+        let crop = fit::crop(image.picture.size(), target);
         if crop.lost > 0.2 {
-            let (lost, [width, height]) = (100.0 * crop.lost, target);
-            self.warnings.push(format!("{name}: {lost:.0} % of it is cut off to fit it to {width}x{height}"));
+            self.warnings.push(format!("{name}: {:.0} % of it is cut off to fit it to {target}", 100.0 * crop.lost));
         }
         let picture = fit::fit(image.picture, crop, target).map_err(wrong)?;
         let values = match codec {

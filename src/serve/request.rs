@@ -261,10 +261,8 @@ fn picture(base64: &str) -> Result<Bytes, Refusal> {
     let base64 = base64.split_once(";base64,").map_or(base64, |(_, data)| data);
     let refused = |why: &dyn std::fmt::Display| Refusal::Invalid(format!("a picture: {why}"));
     let bytes = BASE64_STANDARD.decode(base64).map_err(|why| refused(&why))?;
-    let [width, height] = decode::size(&bytes).map_err(|why| refused(&why))?;
-    ensure(u64::from(width) * u64::from(height) <= MAX_PIXELS, || {
-        format!("a picture of {width}x{height}, expected {MAX_PIXELS} pixels at most")
-    })?;
+    let size = decode::size(&bytes).map_err(|why| refused(&why))?;
+    ensure(size.pixels() <= MAX_PIXELS, || format!("a picture of {size}, expected {MAX_PIXELS} pixels at most"))?;
     decode::decode(&bytes, Tagger::BACKGROUND).map_err(|why| refused(&why))?;
     Ok(bytes.into())
 }

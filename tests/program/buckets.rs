@@ -11,6 +11,7 @@ use crate::common::place::{self, assert_same_tensors, distance, files, succeed, 
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::pictures::Picture;
+use edm2k::pictures::Size;
 use edm2k::pictures::decode;
 use edm2k::pictures::fit::choose;
 use edm2k::rng::{Purpose, Stream};
@@ -102,11 +103,11 @@ proptest! {
     #[test]
     fn a_picture_gets_the_size_that_crops_it_least(
         width in 1u32..3000, height in 1u32..3000,
-        sizes in prop::collection::vec(prop::array::uniform2(1u32..24).prop_map(|size| size.map(|side| 32 * side)), 1..12),
+        sizes in prop::collection::vec((1u32..24, 1u32..24).prop_map(|(w, h)| size(32 * w, 32 * h)), 1..12),
     ) {
-        let (chosen, crop) = choose([width, height], &sizes);
-        let of = |&[w, h]: &[u32; 2]| {
-            let [w, h, width, height] = [w, h, width, height].map(f64::from);
+        let (chosen, crop) = choose(size(width, height), &sizes);
+        let of = |of: &Size| {
+            let [w, h, width, height] = [of.width, of.height, width, height].map(f64::from);
             // As wide as the picture, or as high, whichever fits.
             let fits = if width * h / w <= height { [width, width * h / w] } else { [height * w / h, height] };
             let factor = fits[0] / w;
@@ -125,13 +126,20 @@ proptest! {
 
 #[test]
 fn of_sizes_that_crop_alike_the_nearest_is_taken_and_then_the_first() {
-    let at = |from, sizes: &[[u32; 2]]| choose(from, sizes).0;
-    assert_eq!(at([1000, 1000], &[[256, 256], [512, 512], [1536, 1536]]), 2, "by 1.54, not by 1.95 or 3.9");
-    assert_eq!(at([512, 512], &[[256, 256], [1024, 1024]]), 0, "by two up or down: the first");
-    assert_eq!(at([300, 300], &[[512, 704], [704, 512]]), 0);
-    assert_eq!(at([300, 301], &[[704, 512], [512, 704]]), 1);
+    let at = |width, height, sizes: &[(u32, u32)]| {
+        let sizes: Vec<Size> = sizes.iter().map(|&(width, height)| size(width, height)).collect();
+        choose(size(width, height), &sizes).0
+    };
+    assert_eq!(at(1000, 1000, &[(256, 256), (512, 512), (1536, 1536)]), 2, "by 1.54, not by 1.95 or 3.9");
+    assert_eq!(at(512, 512, &[(256, 256), (1024, 1024)]), 0, "by two up or down: the first");
+    assert_eq!(at(300, 300, &[(512, 704), (704, 512)]), 0);
+    assert_eq!(at(300, 301, &[(704, 512), (512, 704)]), 1);
     // A crop that is less by one part in 2^40 counts.
-    assert_eq!(at([1 << 20, (1 << 20) - 1], &[[8192, 8191], [8192, 8192]]), 1);
+    assert_eq!(at(1 << 20, (1 << 20) - 1, &[(8192, 8191), (8192, 8192)]), 1);
+}
+
+fn size(width: u32, height: u32) -> Size {
+    Size { width, height }
 }
 
 // ---- what is stored --------------------------------------------------------------------------

@@ -18,6 +18,7 @@ use edm2k::condition::vocabulary::{Tag, Vocabulary};
 use edm2k::data::dataset::{Dataset, Representation, Split};
 use edm2k::data::prepare::{Counts, Drop, Drops, Event, Folder, PrepareError, Settings, Summary, add, prepare, retag};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
+use edm2k::pictures::Size;
 use edm2k::pictures::decode::decode;
 use edm2k::rng::{Purpose, Stream};
 use half::f16;
@@ -64,7 +65,7 @@ impl Workshop {
             tagger: None,
             out: self.dir.path().join("out"),
             part: Part::WHOLE,
-            sizes: vec![[16, 16]],
+            sizes: vec![Size { width: 16, height: 16 }],
             background: [255; 3],
             max_crop: 0.05,
             vocabulary: 8,
@@ -348,7 +349,10 @@ fn a_dataset_made_otherwise_is_refused_and_left_alone() {
         assert!(files(&out) == before, "files were changed");
     };
     let differs = |settings: Settings, expected: &str| differs_of(&shop.folder(), settings, expected);
-    differs(Settings { sizes: vec![[8, 16]], ..shop.settings() }, "made before with size 16x16, now 8x16");
+    differs(
+        Settings { sizes: vec![Size { width: 8, height: 16 }], ..shop.settings() },
+        "made before with size 16x16, now 8x16",
+    );
     differs(Settings { max_crop: 0.5, ..shop.settings() }, "max-crop 0.05, now 0.5");
     differs(Settings { shard_size: 5, ..shop.settings() }, "shard-size 4, now 5");
     let changed = shop.lines[3].replace("\"all\"", "\"other\"");
@@ -642,7 +646,10 @@ fn what_does_not_fit_a_dataset_is_not_added_to_it() {
         assert!(error.contains(expected), "{error}; expected {expected}");
         assert!(files(&out) == before, "files were changed");
     };
-    refused(Settings { sizes: vec![[8, 16]], ..shop.settings() }, "made before with size 16x16, now 8x16");
+    refused(
+        Settings { sizes: vec![Size { width: 8, height: 16 }], ..shop.settings() },
+        "made before with size 16x16, now 8x16",
+    );
     refused(Settings { validation_modulus: 11, ..shop.settings() }, "validation-modulus 10, now 11");
     let ids: Vec<i64> = (-20..210).collect();
     write_features(shop.dir.path(), &ids, 4, &vec![1.0; 4 * ids.len()], None);
@@ -864,7 +871,7 @@ fn tags_and_conditions_are_changed_without_the_pictures() {
     refused(&shop.folder(), &with, "full.safetensors: no feature for 1 images of the dataset, such as id -20");
     refused(
         &shop.folder(),
-        &Settings { sizes: vec![[8, 16]], ..settings.clone() },
+        &Settings { sizes: vec![Size { width: 8, height: 16 }], ..settings.clone() },
         "made before with size 16x16, now 8x16",
     );
 
@@ -944,7 +951,10 @@ fn unusable_settings_and_metadata_are_named() {
     let fails_of = |folder, settings| prepare(&folder, &settings, None, &|_| ()).unwrap_err().to_string();
     let fails = |settings| fails_of(shop.folder(), settings);
     let base = || shop.settings();
-    assert!(fails(Settings { sizes: vec![[0, 4]], ..base() }).contains("the size is 0x4, expected sides"));
+    assert!(
+        fails(Settings { sizes: vec![Size { width: 0, height: 4 }], ..base() })
+            .contains("the size is 0x4, expected sides")
+    );
     assert!(fails(Settings { max_crop: f64::NAN, ..base() }).contains("crop is NaN, expected"));
     assert!(fails(Settings { validation_modulus: 2, ..base() }).contains("at least 3"));
     assert!(fails(Settings { shard_size: 0, ..base() }).contains("shard size is 0"));
@@ -989,13 +999,14 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]
     fn any_size_is_fitted_or_dropped_as_the_arithmetic_says(
-        width in 1u32..60, height in 1u32..60, max_crop in 0.0f64..0.6, target in prop::array::uniform2(1u32..40),
+        width in 1u32..60, height in 1u32..60, max_crop in 0.0f64..0.6,
+        target in (1u32..40, 1u32..40).prop_map(|(width, height)| Size { width, height }),
     ) {
         let mut shop = Workshop::new();
         shop.image(2, solid(width, height, [90, 180, 20]), &["x"]);
         let settings = Settings { sizes: vec![target], max_crop, ..shop.settings() };
         let lost = {
-            let (w, h) = (f64::from(width) / f64::from(target[0]), f64::from(height) / f64::from(target[1]));
+            let (w, h) = (f64::from(width) / f64::from(target.width), f64::from(height) / f64::from(target.height));
             1.0 - w.min(h) / w.max(h)
         };
         prop_assume!((lost - max_crop).abs() > 1e-6);

@@ -24,6 +24,7 @@ use crate::formats::fingerprint::{Fingerprint, Identity};
 use crate::formats::safetensors::SafeFile;
 use crate::formats::{At, names};
 use crate::memory;
+use crate::pictures::Size;
 
 /// How far apart the clocks of file systems, and of machines that share them, may be.
 const SLACK: Duration = Duration::from_secs(2);
@@ -76,7 +77,7 @@ impl<'a> Agenda<'a> {
             None => (Representation::Images, 1, 3),
             Some(codec) => (Representation::Latents, codec.factor, LATENTS),
         };
-        let stored = |[width, height]: &[u32; 2]| [*height as usize / factor, *width as usize / factor];
+        let stored = |size: &Size| [size.height, size.width].map(|side| side as usize / factor);
         let sizes: Vec<[usize; 2]> = settings.sizes.iter().map(stored).collect();
         let [height, width] = sizes[0];
         let header = Header {
@@ -96,7 +97,7 @@ impl<'a> Agenda<'a> {
             licence: settings.licence.clone(),
         };
         let images = listing.records.len().min(settings.shard_size);
-        let area = settings.sizes.iter().map(|[width, height]| u128::from(*width) * u128::from(*height)).max();
+        let area = settings.sizes.iter().map(|size| u128::from(size.pixels())).max();
         let decoded = 3 * area.unwrap_or(0) * images.min(CHUNK) as u128;
         let what = format!("making shards of {images} images of {}", settings.named_sizes());
         memory::check(what, images as u128 * header.image_bytes() + decoded)?;

@@ -28,6 +28,7 @@ use super::settings::Settings;
 use crate::condition::vocabulary::check_tag;
 use crate::data::shard::Drop;
 use crate::formats::{At, input, tar};
+use crate::pictures::Size;
 use crate::pictures::fit::choose;
 
 /// The posts, and which to take of them.
@@ -135,7 +136,8 @@ impl Danbooru {
         let is =
             |field: &Option<Text>, allowed: &dyn Fn(&str) -> bool| field.as_ref().is_some_and(|text| allowed(&text.0));
         let lacks = |tag: &String| post.tag_string.0.split_whitespace().all(|own| own != tag);
-        let size = [post.image_width, post.image_height].map(|side| side.unwrap_or(0));
+        let [width, height] = [post.image_width, post.image_height].map(|side| side.unwrap_or(0));
+        let size = Size { width, height };
         let (_, crop) = choose(size, &settings.sizes);
         let reasons = [
             (self.require.iter().any(lacks), Drop::LacksTags),

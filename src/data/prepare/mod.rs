@@ -23,7 +23,7 @@
 //!
 //! ```
 //! use edm2k::data::prepare::{Folder, Part, Settings, prepare};
-//! use edm2k::pictures::Picture;
+//! use edm2k::pictures::{Picture, Size};
 //!
 //! let dir = tempfile::tempdir()?;
 //! Picture::new(20, 16, vec![200; 20 * 16 * 3]).save(&dir.path().join("a.png"), &[])?;
@@ -34,7 +34,7 @@
 //!     tagger: None,
 //!     out: dir.path().join("data"),
 //!     part: Part::WHOLE,
-//!     sizes: vec![[16, 16]],
+//!     sizes: vec![Size { width: 16, height: 16 }],
 //!     background: [255; 3],
 //!     max_crop: 0.3,
 //!     vocabulary: 1024,
@@ -231,8 +231,7 @@ impl Tally {
         let Self { splits, sizes, dropped, shards } = self;
         let splits = Split::ALL.map(|split| (split, splits[split as usize]));
         let sizes = settings.sizes.iter().zip(sizes);
-        let sizes =
-            sizes.map(|([width, height], images)| Bucket { size: format!("{width}x{height}"), images }).collect();
+        let sizes = sizes.map(|(size, images)| Bucket { size: size.to_string(), images }).collect();
         let (records, unusable_tags, lacking) = (listing.read, listing.unusable_tags, Vec::new());
         Summary { records, skipped, splits, sizes, dropped, unusable_tags, vocabulary, shards, lacking }
     }

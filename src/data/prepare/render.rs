@@ -191,16 +191,15 @@ impl Renderer<'_> {
         let Settings { sizes, background, max_crop, .. } = self.settings;
         let unreadable = |why: PictureError| (Drop::Unreadable, why.to_string());
         let Decoded { picture: image, unapplied } = decode(bytes, *background).map_err(unreadable)?;
-        let [width, height] = [image.width(), image.height()].map(|side| side as u32); // at most 2^26
-        let (shape, crop) = fit::choose([width, height], sizes);
+        let (shape, crop) = fit::choose(image.size(), sizes);
         let size = sizes[shape];
         if !crop.within(*max_crop) {
             let lost = 100.0 * crop.lost;
-            let why = format!("{width}x{height} loses {lost:.1} % by cropping to {}x{}", size[0], size[1]);
+            let why = format!("{} loses {lost:.1} % by cropping to {size}", image.size());
             return Err((Drop::Cropped, why));
         }
         if crop.enlarged && !self.enlarge {
-            return Err((Drop::Small, format!("{width}x{height} is smaller than {}x{}", size[0], size[1])));
+            return Err((Drop::Small, format!("{} is smaller than {size}", image.size())));
         }
         let tags = record.places(&self.places);
         let condition = match self.conditions {

@@ -6,6 +6,7 @@ use super::report::PrepareError;
 use crate::collective::Part;
 use crate::data::dataset::Split;
 use crate::data::shard::MAX_SIZES;
+use crate::pictures::Size;
 #[cfg(doc)]
 use crate::pictures::fit;
 
@@ -21,8 +22,8 @@ pub struct Settings {
     /// Which of the shards to make: every `of`th, from `number` on. A process that finds the shards of all other parts
     /// there writes the summary.
     pub part: Part,
-    /// Target width and height in pixels; of several, each picture gets the one that [crops it least](fit::choose).
-    pub sizes: Vec<[u32; 2]>,
+    /// Target sizes; of several, each picture gets the one that [crops it least](fit::choose).
+    pub sizes: Vec<Size>,
     /// sRGB colour behind transparent images.
     pub background: [u8; 3],
     /// Largest share of an image's area that cropping may take.
@@ -51,8 +52,7 @@ impl Settings {
 
     /// The sizes as a user writes them.
     pub(super) fn named_sizes(&self) -> String {
-        let all: Vec<String> = self.sizes.iter().map(|[width, height]| format!("{width}x{height}")).collect();
-        all.join(",")
+        self.sizes.iter().map(Size::to_string).collect::<Vec<_>>().join(",")
     }
 
     /// Refuses settings that cannot be followed. `factor` is how many pixels the codec has for one latent pixel in each
@@ -63,16 +63,16 @@ impl Settings {
         if !(1..=MAX_SIZES).contains(&self.sizes.len()) {
             return wrong("the number of sizes", self.sizes.len().to_string(), &format!("1 to {MAX_SIZES}"));
         }
-        for (at, &[width, height]) in self.sizes.iter().enumerate() {
-            let size = format!("{width}x{height}");
-            if !(1..=16384).contains(&width) || !(1..=16384).contains(&height) {
-                return wrong("the size", size, "sides of 1 to 16384");
+        for (at, &size) in self.sizes.iter().enumerate() {
+            let sides = [size.width, size.height];
+            if !sides.iter().all(|side| (1..=16384).contains(side)) {
+                return wrong("the size", size.to_string(), "sides of 1 to 16384");
             }
-            if !width.is_multiple_of(factor as u32) || !height.is_multiple_of(factor as u32) {
+            if !sides.iter().all(|side| side.is_multiple_of(factor as u32)) {
                 let expected = format!("multiples of the {factor} pixels that the codec has for a latent");
-                return wrong("the size", size, &expected);
+                return wrong("the size", size.to_string(), &expected);
             }
-            if self.sizes[..at].contains(&[width, height]) {
+            if self.sizes[..at].contains(&size) {
                 return wrong("the list of sizes", self.named_sizes(), &format!("{size} once"));
             }
         }
