@@ -33,10 +33,11 @@ Examples:
       --data data/emoji --out cats.safetensors
   edm2k sample --model emoji.safetensors --conditions cats.safetensors --outdir cats
 
-`train` reads conditions as it needs them, and keeps what it has learned beside --out after each pass: the same
-command again goes on from there. It needs less than 1 GB for a million conditions.
+`train` reads conditions as it needs them, and keeps what it has learned beside --out after each
+pass: the same command again goes on from there. It needs less than 1 GB for a million conditions.
 
-The names of tags are those of the dataset's vocabulary.json, where they may be changed before `train`.")]
+The names of tags are those of the dataset's vocabulary.json, where they may be changed before
+`train`.")]
 pub struct ConditionArgs {
     #[command(subcommand)]
     command: Command,

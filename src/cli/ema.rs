@@ -17,8 +17,8 @@ use super::train::parse_images;
 /// Make moving averages of other widths from a run's snapshots (post-hoc EMA).
 #[derive(clap::Args)]
 #[command(after_help = "\
-Snapshots of two widths at ten times or more are enough for widths from 0.02 to 0.25. How well the average
-that was asked for is met is printed with each file: 0 % is exactly, 10 % is fair.
+Snapshots of two widths at ten times or more are enough for widths from 0.02 to 0.25. How well the
+average that was asked for is met is printed with each file: 0 % is exactly, 10 % is fair.
 
 Examples:
   edm2k ema runs/mine --std 0.05,0.10,0.15 --out averages

@@ -35,9 +35,10 @@ const TOGETHER: Duration = Duration::from_secs(10);
 /// Measure the loss of a model by noise level.
 #[derive(clap::Args)]
 #[command(group(clap::ArgGroup::new("written").args(["plot", "part"]).multiple(true)), after_help = "\
-The error is that of the denoised image, relative to what is achieved by knowing the mean and the size of the
-data only. The loss is what training minimises: error / exp(logvar) + logvar, with the network's own
-expectation logvar of ln(error). Noise is the same in every call, so models can be compared.
+The error is that of the denoised image, relative to what is achieved by knowing the mean and the
+size of the data only. The loss is what training minimises: error / exp(logvar) + logvar, with the
+network's own expectation logvar of ln(error). Noise is the same in every call, so models can be
+compared.
 
 Examples:
   edm2k eval --model demo/emoji.safetensors --data demo/cache/emoji-32

@@ -16,15 +16,15 @@ use super::say::{note, out};
 #[derive(clap::Args)]
 #[command(
     after_help = "\
-Model files already have the official names, shapes and order, and load in the same way; this one writes
-them in f32 (exact) or f16 (half the size), checked. In NVIDIA's edm2 directory, in Python:
+Model files already have the official names, shapes and order, and load in the same way; this one
+writes them in f32 (exact) or f16 (half the size), checked. In NVIDIA's edm2 directory, in Python:
 
   f = safetensors.safe_open(\"FILE\", \"pt\")
   net = training.networks_edm2.Precond(**json.loads(f.metadata()[\"config\"]))
   net.load_state_dict({name: f.get_tensor(name) for name in f.keys()})
 
-A checkpoint holds the weights and all their averages. What is made of one of these is the snapshot that
-`edm2k train` would have written at that moment.
+A checkpoint holds the weights and all their averages. What is made of one of these is the
+snapshot that `edm2k train` would have written at that moment.
 
 Examples:
   edm2k export runs/mine/snapshot-000200000-0.100.safetensors --out official.safetensors

@@ -30,14 +30,15 @@ const CHUNK: usize = 64;
 /// Measure how far the images of a model are from a dataset's: their Fréchet distance (FID).
 #[derive(clap::Args)]
 #[command(after_help = "\
-It is the Fréchet distance between the features of images that the model makes and of the dataset's, each set taken
-for a normal distribution: FID if NETWORK is Inception, FD-DINOv2 if it is DINOv2. NETWORK is given one image at a
-time, f32 [1, 3, H, W] or [1, H, W, 3], RGB from 0 to 255; what else it wants (the range -1 to 1 of Inception,
-ImageNet's mean and deviation of DINOv2) must be part of it: put it in front when exporting. Images are resized to its
-height and width (bicubic); a network that leaves these open gets them as they are. Its only output is [1, D]. Image
-number i has seed i and the condition of the split's image i modulo their number. Latents of the dataset are shown as
---vae decodes them. Numbers of other tools need their export, their sampler, and as many images: 50000 against the
-whole training split.
+It is the Fréchet distance between the features of images that the model makes and of the
+dataset's, each set taken for a normal distribution: FID if NETWORK is Inception, FD-DINOv2 if it
+is DINOv2. NETWORK is given one image at a time, f32 [1, 3, H, W] or [1, H, W, 3], RGB from 0 to
+255; what else it wants (the range -1 to 1 of Inception, ImageNet's mean and deviation of DINOv2)
+must be part of it: put it in front when exporting. Images are resized to its height and width
+(bicubic); a network that leaves these open gets them as they are. Its only output is [1, D].
+Image number i has seed i and the condition of the split's image i modulo their number. Latents of
+the dataset are shown as --vae decodes them. Numbers of other tools need their export, their
+sampler, and as many images: 50000 against the whole training split.
 
 Examples:
   edm2k fid --network inception.onnx --model emoji.safetensors \\

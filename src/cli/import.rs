@@ -15,14 +15,15 @@ use super::say::{note, out};
 /// Make a model file from one of NVIDIA's network snapshots, or from a state_dict.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Reads the pickle as data: nothing in it is run. The weights stay as they are, in half precision if they are.
-Images seen and width of the moving average are taken from a file name that ends as NVIDIA's do,
-in thousands of images and relative width: ...-2147483-0.135.pkl.
+Reads the pickle as data: nothing in it is run. The weights stay as they are, in half precision if
+they are. Images seen and width of the moving average are taken from a file name that ends as
+NVIDIA's do, in thousands of images and relative width: ...-2147483-0.135.pkl.
 
-A state_dict (.safetensors, .pt, .pth, .bin, .pkl) needs no import, but says nothing of the network beside its
-shapes: every command assumes EDM2's attention heads of 64 channels, and says so. --config is a JSON object of
-what is otherwise, such as {\"channels_per_head\": 32}, also label_balance, concat_balance, res_balance,
-attn_balance, clip_act and sigma_data; the model that is made knows it.
+A state_dict (.safetensors, .pt, .pth, .bin, .pkl) needs no import, but says nothing of the
+network beside its shapes: every command assumes EDM2's attention heads of 64 channels, and says
+so. --config is a JSON object of what is otherwise, such as {\"channels_per_head\": 32}, also
+label_balance, concat_balance, res_balance, attn_balance, clip_act and sigma_data; the model that
+is made knows it.
 
 Examples:
   edm2k import edm2-img512-xs-2147483-0.135.pkl --out edm2-img512-xs.safetensors

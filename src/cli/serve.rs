@@ -12,9 +12,10 @@ use super::signals::Requests;
 /// Open a page to draw on, and an API.
 #[derive(clap::Args)]
 #[command(after_help = "\
-The page draws pictures with live previews and shows training runs; docs/serve.md describes the API, which is
-JSON under /api/v1, and for clients of AUTOMATIC1111's web UI under /sdapi/v1. Only this machine can reach it
-unless --listen says otherwise, which needs a --token. Nothing is written to disk without --outdir.
+The page draws pictures with live previews and shows training runs; docs/serve.md describes the
+API, which is JSON under /api/v1, and for clients of AUTOMATIC1111's web UI under /sdapi/v1. Only
+this machine can reach it unless --listen says otherwise, which needs a --token. Nothing is
+written to disk without --outdir.
 
 Examples:
   edm2k serve --model demo/emoji.safetensors --condition-model demo/conditions.safetensors

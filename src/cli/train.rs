@@ -32,9 +32,9 @@ use edm2k::train::{
 /// Train a network, or go on with a run.
 #[derive(clap::Args)]
 #[command(after_help = "\
-The same command again goes on from the newest whole checkpoint in --outdir.
-torchrun, srun and mpirun start it on several cards, one process each (docs/scale.md); it may go on with another number.
-Numbers of images may end in k, M, G (1000s) or Ki, Mi, Gi (1024s).
+The same command again goes on from the newest whole checkpoint in --outdir. torchrun, srun and
+mpirun start it on several cards, one process each (docs/scale.md); it may go on with another
+number. Numbers of images may end in k, M, G (1000s) or Ki, Mi, Gi (1024s).
 
 Examples:
   edm2k train --data data/emoji --outdir runs/emoji --config emoji.json \\

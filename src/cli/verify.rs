@@ -14,8 +14,9 @@ use super::say::out;
 #[command(after_help = "\
 A line for each check: ok or FAIL, name, relative error, bound, and the worst element
   [index] what the device gave, what the directory says.
-What the directory lacks is skipped by name, and a network that the kernels do not take. The exit code is 1
-if any check fails or none was made. scripts/golden.py makes directories of other networks.
+What the directory lacks is skipped by name, and a network that the kernels do not take. The exit
+code is 1 if any check fails or none was made. scripts/golden.py makes directories of other
+networks.
 
 Example:
   edm2k verify tests/golden")]

@@ -117,8 +117,8 @@ impl<'a> Stored<'a> {
 
     /// Its bytes, compared with their checksum.
     pub fn bytes(&self) -> Result<&'a [u8], String> {
-        match (self.checksum, crc32fast::hash(self.data)) {
-            (Some(expected), found) if found != expected => {
+        match self.checksum.map(|expected| (crc32fast::hash(self.data), expected)) {
+            Some((found, expected)) if found != expected => {
                 Err(format!("checksum {found:08x}, expected {expected:08x}: it is damaged"))
             }
             _ => Ok(self.data),

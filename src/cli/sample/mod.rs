@@ -26,14 +26,15 @@ use wanted::wanted;
 /// Make images.
 #[derive(clap::Args)]
 #[command(group(clap::ArgGroup::new("pictures").args(["like", "mix"]).multiple(true)), after_help = "\
-Conditions come from --tags, --prompts, --class, --like, --mix, --row, --conditions and --random-conditions,
-in this order; all may be given. The images take them in turn, --per-condition images each. Without any, the images
-are unconditional. Each file is named after its seed and carries all parameters in a text chunk.
+Conditions come from --tags, --prompts, --class, --like, --mix, --row, --conditions and
+--random-conditions, in this order; all may be given. The images take them in turn,
+--per-condition images each. Without any, the images are unconditional. Each file is named after
+its seed and carries all parameters in a text chunk.
 
-In tags, (blue hair:1.3) weighs 1.3 times as much as others, (blue hair) 1.1 times, [blue hair] 1 / 1.1 times;
-brackets may hold several tags, and each other. A tag of the vocabulary is found as it is written there, so that
-':)' and 'saber (fate)' need nothing. Elsewhere a backslash takes a character's meaning away; a text that begins
-with a dash follows an equals sign: --tags='-_-'.
+In tags, (blue hair:1.3) weighs 1.3 times as much as others, (blue hair) 1.1 times, [blue hair] 1
+/ 1.1 times; brackets may hold several tags, and each other. A tag of the vocabulary is found as
+it is written there, so that ':)' and 'saber (fate)' need nothing. Elsewhere a backslash takes a
+character's meaning away; a text that begins with a dash follows an equals sign: --tags='-_-'.
 
 Examples:
   edm2k sample --model emoji.safetensors --outdir out --tags 'cat, smiling' --seeds 0-15
