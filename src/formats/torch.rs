@@ -14,6 +14,7 @@
 //! Elements stay where they are in the input until they are asked for.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use half::{bf16, f16};
 use rawzip::{CompressionMethod, ZipArchive};
@@ -346,9 +347,9 @@ impl<'a> Outside<'a> {
         let about = Description::of(pickle, id)?;
         let found = self.0.get(about.key).ok_or_else(|| pickle.unexpected(id, "a storage that the file has"))?;
         let dtype = about.check(pickle, found.data, found.at)?;
-        if !known.contains_key(&found.at) {
+        if let Entry::Vacant(place) = known.entry(found.at) {
             whole(found, &format!("data/{}", about.key), 0)?;
-            known.insert(found.at, (dtype, found.data));
+            place.insert((dtype, found.data));
         }
         Ok((dtype, found.data))
     }
