@@ -660,7 +660,7 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half() {
     let all = run_telling(&mut on(u64::MAX), &dir.path().join("four-two"), &two, 4, &mut |_| {}, all);
     let mut notes = Vec::new();
     let mut note = |event: Event| {
-        if let Event::Note(text) = event {
+        if let Event::Fewer(text) = event {
             notes.push(text);
         }
     };
