@@ -74,7 +74,8 @@ pub struct OfficialSnapshot {
 
 impl OfficialSnapshot {
     /// Reads a snapshot. Images seen and width of the moving average are taken from the file's name if
-    /// that ends as official names do, in thousands of images and width: `...-2147483-0.135.pkl`.
+    /// that ends as official names do, in thousands of images and width: `...-2147483-0.135.pkl`. Such a network has seen no
+    /// image without its label.
     ///
     /// The file must not be changed while it is read.
     ///
@@ -88,6 +89,8 @@ impl OfficialSnapshot {
         if let Some((images_seen, std)) = path.file_stem().and_then(|name| trained(name.to_str()?)) {
             snapshot.model.meta.images_seen = images_seen;
             snapshot.model.meta.ema_std = Some(std);
+            // The published networks saw all labels; a network without labels of its own guides them.
+            snapshot.model.meta.cond_dropout = Some(0.0);
         }
         Ok(snapshot)
     }

@@ -246,6 +246,7 @@ fn an_imported_model_is_exported_under_the_official_names_and_comes_back() {
     import(&imported).assert().success().stdout(contains("imported a network of 0.2 M parameters"));
     let model = Model::load(&imported).unwrap();
     assert_eq!((model.meta.images_seen, model.meta.ema_std), (2_147_483_000, Some(0.135)));
+    assert_eq!(model.meta.cond_dropout, Some(0.0), "the published networks saw all labels");
     import(&imported).assert().failure().stderr(contains("imported.safetensors exists; give --overwrite"));
     import(&imported).arg("--overwrite").assert().success();
     import(&path("no/such.safetensors")).assert().failure().stderr(contains("the directory does not exist"));
