@@ -7,11 +7,11 @@
 //!    hidden colours can appear.
 //!
 //! ```
-//! use edm2k::pictures::Picture;
 //! use edm2k::pictures::decode::{decode, size};
+//! use edm2k::pictures::{Picture, Size};
 //!
 //! let png = Picture::new(1, 2, vec![10, 20, 30, 40, 50, 60]).png(&[])?;
-//! assert_eq!(size(&png)?, [2, 1]);
+//! assert_eq!(size(&png)?, Size { width: 2, height: 1 });
 //! let image = decode(&png, [255; 3])?; // white behind what is transparent
 //! assert_eq!(image.picture.rgb(), [10, 20, 30, 40, 50, 60]);
 //! assert!(decode(b"GIF8", [255; 3]).is_err());
