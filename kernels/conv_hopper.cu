@@ -166,9 +166,10 @@ template <int M, int N, class Epilogue>
 __device__ __forceinline__ void emit_cluster(const float* out, float* sums, Epilogue&& epilogue) {
     constexpr int PARTS = N / OUT_COLUMNS;  // a warp takes four rows of one of them at a time
     const int blocks = cluster_size(), rank = cluster_rank(), lane = threadIdx.x % 32, odd = lane % 2;
-    const int workers = blocks * 2 * GROUP_WARPS, worker = rank * 2 * GROUP_WARPS + threadIdx.x / 32 - GROUP_WARPS;
+    // In turn a warp of each block, so that blocks have equal shares where there are fewer pieces than warps.
+    const int workers = blocks * 2 * GROUP_WARPS, worker = (threadIdx.x / 32 - GROUP_WARPS) * blocks + rank;
     const int first = worker % PARTS * OUT_COLUMNS;  // the same each time
-    static_assert(2 * GROUP_WARPS % PARTS == 0, "a warp's columns stay the same");
+    static_assert(2 * GROUP_WARPS % PARTS == 0, "workers are a multiple of it");
     auto row_of = [&](int at) { return at / PARTS * 4 + lane / 8; };
     // What does not need the others comes before they are waited for, and loads after the arrival, which waits for loads.
     epilogue.clear(sums);
@@ -180,6 +181,7 @@ __device__ __forceinline__ void emit_cluster(const float* out, float* sums, Epil
     __syncwarp();  // a warp arrives as one
     cluster_arrive();
     auto fetched = columns.fetch(row_of(worker));
+    __syncwarp();
     cluster_wait();
     // Lane 0 has the first of a warp's columns.
     if (__shfl_sync(0xffffffffu, columns.count, 0) > 0) columns.finish_together([&](auto&& take) {

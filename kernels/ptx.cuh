@@ -176,7 +176,8 @@ __device__ __forceinline__ uint4 pack8(const float (&x)[8]) {
 // threads of all blocks: what was done before the arrival is there after the wait, in shared memory of other blocks too.
 // Each half is one instruction for the whole warp. Before a block reads another's shared memory, all must have met once,
 // since the other may not have begun. They must meet again after the last read, since the other may end. There
-// cluster_arrive_relaxed will do: it has no writes wait to be seen, which takes as long as a store to global memory.
+// cluster_arrive_relaxed will do if all that was read has been used: it has no writes wait to be seen, which takes as long as
+// a store to global memory.
 
 #ifdef SIMT_EMULATOR
 

@@ -268,8 +268,8 @@ const HOPPER_STEP: f64 = 1.0 / 32.0;
 /// Cycles in which a warp takes four rows of 64 values out of its sums and does with them what follows.
 const HOPPER_ROWS: f64 = 600.0;
 /// Cycles in which the blocks of a cluster add up their sums: once, for each block, and for each value of a tile. The last is
-/// a projection: 20 bytes a cycle come from other multiprocessors. (Measured was 0.1 for each value of each block, when all
-/// blocks read the same one's at a time.)
+/// a projection: 20 bytes a cycle come from other multiprocessors. (Measured was 0.1 for each value of each block, when few
+/// blocks of a cluster read for all, and all the same one's at a time.)
 const HOPPER_ADD: [f64; 3] = [3500.0, 300.0, 0.2];
 /// Clusters of 1, 2, ... blocks, each alone on its multiprocessor, that run at a time, for each multiprocessor. A cluster does
 /// not cross the card's groups of them (GPCs), which are of unequal sizes.
