@@ -79,8 +79,7 @@ impl HostBatch {
     pub fn of(data: &Dataset, s: &Settings, shown: &[Shown]) -> Result<Self, DatasetError> {
         let showing = |&Shown { number, image }: &Shown| {
             let stream = |purpose| Stream::new(s.seed, purpose, number);
-            let dropped = number >= s.cond_dropout_from
-                && f64::from(stream(Purpose::ConditionDropout).uniform()) < s.cond_dropout;
+            let dropped = f64::from(stream(Purpose::ConditionDropout).uniform()) < s.cond_dropout_of(number);
             Showing {
                 image,
                 latent: stream(Purpose::Latent),

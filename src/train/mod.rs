@@ -521,8 +521,9 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     }
 
     fn meta_now(&self) -> ModelMeta {
-        let nimg = self.state.nimg;
-        ModelMeta { images_seen: nimg, cond_dropout: Some(self.settings.cond_dropout_after(nimg)), ..self.meta.clone() }
+        let images_seen = self.state.nimg;
+        let cond_dropout = images_seen.checked_sub(1).map_or(0.0, |last| self.settings.cond_dropout_of(last));
+        ModelMeta { images_seen, cond_dropout: Some(cond_dropout), ..self.meta.clone() }
     }
 
     /// Writes a moving average parameter by parameter. Ranks of one machine share its memory, and may write at once.

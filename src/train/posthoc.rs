@@ -224,8 +224,11 @@ impl Reconstruction {
     pub fn write(&self, paths: &[impl AsRef<Path>], progress: &mut dyn FnMut(u64)) -> Result<(), ModelError> {
         assert_eq!(paths.len(), self.stds.len(), "paths of the averages");
         let ModelFile { meta, net, table, .. } = &self.snapshots[0];
+        // The run may have begun late to leave conditions out.
+        let newest = self.snapshots.iter().map(|file| &file.meta).max_by_key(|meta| meta.images_seen);
+        let cond_dropout = newest.and_then(|meta| meta.cond_dropout);
         let create = |(path, &std)| {
-            let meta = ModelMeta { images_seen: self.at, ema_std: Some(std), ..meta.clone() };
+            let meta = ModelMeta { images_seen: self.at, cond_dropout, ema_std: Some(std), ..meta.clone() };
             ModelWriter::create(path, &net.config, &meta, table, Stored::F16)
         };
         let mut outputs = paths.iter().zip(&self.stds).map(create).collect::<Result<Vec<_>, _>>()?;

@@ -109,9 +109,9 @@ impl Settings {
         if batch > duration { Err(SettingError::Short { batch, duration }) } else { Ok(()) }
     }
 
-    /// The share of images that are shown without a condition, after so many images.
-    pub fn cond_dropout_after(&self, nimg: u64) -> f64 {
-        if nimg > self.cond_dropout_from { self.cond_dropout } else { 0.0 }
+    /// How likely the image with this number in the run is shown without its condition.
+    pub fn cond_dropout_of(&self, number: u64) -> f64 {
+        if number >= self.cond_dropout_from { self.cond_dropout } else { 0.0 }
     }
 
     /// The learning rate over time.

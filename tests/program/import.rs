@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::common::command::{here, refused};
+use crate::weights::swapped;
 use edm2k::formats::pickle::{Id, MAX_OPCODES, Pickle, Value};
 use edm2k::formats::safetensors::{Dtype, SafeFile};
 use edm2k::model::{Config, ImageSpace, Model, OfficialSnapshot, Stored};
@@ -354,10 +355,7 @@ fn tensors_that_are_not_what_they_say_are_refused_with_their_place() {
     let zeros = flipped.windows(512).position(|w| w.iter().all(|&b| b == 0)).unwrap();
     flipped[zeros + 100] = 1;
     let whole = legacy("HalfStorage", 512, &data);
-    let swapped = |from: &[u8], to: &[u8]| {
-        let place = whole.windows(from.len()).position(|w| w == from).unwrap();
-        [&whole[..place], to, &whole[place + from.len()..]].concat()
-    };
+    let swapped = |from: &[u8], to: &[u8]| swapped(&whole, from, to);
     for (blob, message) in [
         (legacy("HalfStorage", 512, &nan), "found NaN at 4, expected numbers"),
         (legacy("HalfStorage", 511, &data), "1024 bytes of data for 511 elements of F16"),

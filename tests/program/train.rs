@@ -807,6 +807,11 @@ fn a_model_that_always_saw_conditions_is_drawn_from_without_guidance() {
     }
     let (said, _) = sample(&of("late", 48), "late-usual", "");
     assert!(!said.contains("cond-dropout"), "{said}");
+    // An average of both snapshots knows what the newest does.
+    let mut average = Command::new(env!("CARGO_BIN_EXE_edm2k"));
+    succeed(average.current_dir(place.dir()).args(["ema", "late", "--std", "0.1", "--out", "averages"]));
+    let file = fs::read_dir(place.path("averages")).unwrap().next().unwrap().unwrap().path();
+    assert_eq!(Model::load(file).unwrap().meta.cond_dropout, Some(0.5));
 }
 
 /// The pixels of a PNG file.

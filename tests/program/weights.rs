@@ -241,7 +241,7 @@ fn what_torch_and_pickle_write_is_read_and_damage_is_an_error() {
 }
 
 /// The bytes with the first `from` in them changed to `to`.
-fn swapped(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
+pub fn swapped(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
     let place = bytes.windows(from.len()).position(|window| window == from).unwrap();
     [&bytes[..place], to, &bytes[place + from.len()..]].concat()
 }

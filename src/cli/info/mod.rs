@@ -166,7 +166,7 @@ impl<'a> NetworkReport<'a> {
                 out!("trained on     {} images", meta.images_seen);
             }
             if let Some(share) = meta.cond_dropout.filter(|_| self.config.label_dim > 0) {
-                out!("guidance       {} of the last images had no condition (--cond-dropout)", share);
+                out!("guidance       {share} of the last images had no condition (--cond-dropout)");
             }
             if let Some(data) = meta.data {
                 out!("data           {data} (fingerprint of the training split)");

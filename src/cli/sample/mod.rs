@@ -336,14 +336,13 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     if let Some(count) = args.interpolate {
         request = request.interpolated(count.into()).context("--interpolate")?;
     }
+    // Before --from, which there may be no room for.
+    pipeline.check(&request)?;
     if let Some(path) = &args.from {
-        // There may be no room for it.
-        pipeline.check(&request)?;
         let size = pipeline.size(&request);
         request.from = Some(pipeline.beginning(path, size).context("--from")?);
         warn(&mut pipeline, ranks, "--from ");
     }
-    pipeline.check(&request)?;
     let part = ranks.part(args.part)?;
     let given = if part.of > 1 { given(args, &pipeline, &request)? } else { Value::Null };
     let mut asked = given.clone();
