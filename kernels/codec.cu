@@ -58,8 +58,8 @@ __device__ __forceinline__ void codec_conv(const CodecConv& p) {
     // The upper and the left half of an enlarged pixel look back by one pixel, the other halves do not.
     const Window window = {p.height, p.width, p.rows, p.columns, p.side, p.stride, p.before - phase / 2, p.before - phase % 2};
     const T* weight = static_cast<const T*>(p.weight) + int64_t(phase) * p.cout * taps * p.cin;
-    const ConvProduct<T> product = {static_cast<const T*>(p.x), nullptr, weight, p.cin, 0, p.cout,
-                                    window, first, min(Tile::BM, p.pixels - first)};
+    const ConvProduct<T, Window> product = {static_cast<const T*>(p.x), nullptr, weight, p.cin, 0, p.cout,
+                                            window, first, min(Tile::BM, p.pixels - first)};
     typename Tile::Accumulators acc = {};
     multiply<T, Tile, false, FLAT>(acc, smem, product, 0, product.steps(p.cin), [&] {
         begin_kernel();

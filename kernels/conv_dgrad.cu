@@ -60,9 +60,9 @@ template <class T, class Tile, bool F16_SUMS, bool FLAT>
 __device__ __forceinline__ void conv_dgrad(const ConvDgrad& p) {
     extern __shared__ __align__(128) unsigned char smem[];
     const auto tile = tile_of_block<Tile>(p);
-    const ConvProduct<T> product = {static_cast<const T*>(p.grad), nullptr, static_cast<const T*>(p.turned),
-                                    p.cout, 0, p.ca + p.cb, same_window(p.tiles.height, p.tiles.width, p.taps),
-                                    tile.first, tile.count};
+    const SameWindow window(p.tiles.height, p.tiles.width, p.taps);
+    const ConvProduct<T, SameWindow> product = {static_cast<const T*>(p.grad), nullptr, static_cast<const T*>(p.turned), p.cout, 0,
+                                                p.ca + p.cb, window, tile.first, tile.count};
     const int first = blockIdx.z * p.steps_per_split, last = min(first + p.steps_per_split, product.steps(p.cout));
     typename Tile::Accumulators acc = {};
     multiply<T, Tile, F16_SUMS, FLAT>(acc, smem, product, first, last,

@@ -28,7 +28,7 @@
 // multiples of 8.
 //
 // Operations: 2 n h w (taps cin + main_cin) cout. Bytes: x, skip, w, residual once, y (pre, act) once from DRAM; a
-// pixel comes 9 ceil(cout / BN) times from L2.
+// pixel comes 3 ceil(cout / BN) times from L2 if L1 keeps a row of taps, else 9.
 #include "conv_finish.cuh"
 
 // What the last block of a tile does. It is a function of its own, since its registers would be missing in the product.
@@ -44,10 +44,11 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
     extern __shared__ __align__(128) unsigned char smem[];
     const auto tile = tile_of_block<Tile>(p);
     auto product = [&](const void* x, const void* skip, const void* weight, int ca, int cb, int taps) {
-        return ConvProduct<T>{static_cast<const T*>(x), static_cast<const T*>(skip), static_cast<const T*>(weight), ca, cb,
-                              p.cout, same_window(p.tiles.height, p.tiles.width, taps), tile.first, tile.count};
+        return ConvProduct<T, SameWindow>{
+            static_cast<const T*>(x), static_cast<const T*>(skip), static_cast<const T*>(weight), ca, cb, p.cout,
+            SameWindow(p.tiles.height, p.tiles.width, taps), tile.first, tile.count};
     };
-    const ConvProduct<T> own = product(p.x, p.skip, p.weight, p.ca, p.cb, p.taps);
+    const ConvProduct<T, SameWindow> own = product(p.x, p.skip, p.weight, p.ca, p.cb, p.taps);
     const int steps = own.steps(p.ca) + own.steps(p.cb);
     int first = blockIdx.z * p.steps_per_split, last = first + p.steps_per_split;
     auto begin = [&] { begin_kernel(), prefetch_tile<FpropChannels<T>, Tile>(p, tile); };
@@ -58,7 +59,7 @@ __device__ __forceinline__ void conv_fprop(const ConvFprop& p) {
     else
         begin();
     if (p.main_weight) {
-        const ConvProduct<T> main = product(p.main_x, p.main_skip, p.main_weight, p.main_ca, p.main_cb, 1);
+        const ConvProduct<T, SameWindow> main = product(p.main_x, p.main_skip, p.main_weight, p.main_ca, p.main_cb, 1);
         first = max(first - steps, 0), last = min(last - steps, main.steps(p.main_ca) + main.steps(p.main_cb));
         scale_sums(acc, p.to_main);
         if (first < last) {

@@ -27,9 +27,9 @@ __device__ __forceinline__ void mma_rate(const Rate& p) {
         float all[4 * CHAINS] = {};
         for (int round = 0; round < p.rounds; round += 4) {
             uint32_t d[1][CHAINS][2];
-            mma_tile_f16<true>(d, a, b);
+            mma_tile_f16(d, a, b);
 #pragma unroll
-            for (int i = 1; i < 4; i++) mma_tile_f16<false>(d, a, b);
+            for (int i = 1; i < 4; i++) mma_tile_f16(d, a, b, d);
 #pragma unroll
             for (int i = 0; i < CHAINS; i += 2) {
                 float x[8];

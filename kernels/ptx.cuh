@@ -233,9 +233,15 @@ template <class T, int M, int N>
 inline void mma_tile(float (&d)[M][N][4], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2], SIMT_WHERE) {
     simt::mma(d, a[0], b[0], {M, N, is_half<T> ? simt::Element::f16 : simt::Element::bf16, simt::Accumulator::f32}, at);
 }
-template <bool FIRST, int M, int N>
+template <int M, int N>
+inline void mma_tile_f16(uint32_t (&d)[M][N][2], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2], const uint32_t (&c)[M][N][2],
+                         SIMT_WHERE) {
+    memmove(d, c, sizeof d);
+    simt::mma(d, a[0], b[0], {M, N, simt::Element::f16, simt::Accumulator::f16}, at);
+}
+template <int M, int N>
 inline void mma_tile_f16(uint32_t (&d)[M][N][2], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2], SIMT_WHERE) {
-    if (FIRST) memset(d, 0, sizeof d);
+    memset(d, 0, sizeof d);
     simt::mma(d, a[0], b[0], {M, N, simt::Element::f16, simt::Accumulator::f16}, at);
 }
 template <class T>
@@ -280,13 +286,21 @@ __device__ __forceinline__ void mma_tile(float (&d)[M][N][4], const uint32_t (&a
 #pragma unroll
         for (int j = 0; j < N; j++) mma<T>(d[i][j], a[i], b[j]);
 }
-// The same with sums in f16. Where it is the FIRST product, d = a * b, so that no zero need be moved into a register.
-template <bool FIRST, int M, int N>
+// d[i][j] = a[i] * b[j] + c[i][j] with sums in f16; c may be d. Without c nothing is added, and no zero moved into a register.
+template <int M, int N>
+__device__ __forceinline__ void mma_tile_f16(uint32_t (&d)[M][N][2], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2],
+                                             const uint32_t (&c)[M][N][2]) {
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int j = 0; j < N; j++) mma_f16(d[i][j], a[i], b[j], c[i][j][0], c[i][j][1]);
+}
+template <int M, int N>
 __device__ __forceinline__ void mma_tile_f16(uint32_t (&d)[M][N][2], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2]) {
 #pragma unroll
     for (int i = 0; i < M; i++)
 #pragma unroll
-        for (int j = 0; j < N; j++) mma_f16(d[i][j], a[i], b[j], FIRST ? 0u : d[i][j][0], FIRST ? 0u : d[i][j][1]);
+        for (int j = 0; j < N; j++) mma_f16(d[i][j], a[i], b[j], 0u, 0u);
 }
 
 #endif
@@ -339,12 +353,12 @@ __device__ __forceinline__ void ldmatrix_n(uint32_t (&r)[N][MATRICES], const sme
 
 // ---- cp.async -----------------------------------------------------------------------------------
 
-// Copies BYTES (16 past L1; 8 or 4) from global to shared memory, both aligned to BYTES, or fills
-// with zeros if not `valid`; `src` must be a valid address even then. The bytes are there for this
-// thread after a cp_async_wait, for others after a barrier that follows it.
+// Copies BYTES (16, 8 or 4) from global to shared memory, both aligned to BYTES, or fills
+// with zeros if not `valid`; `src` must be a valid address even then. 16 bytes go past L1 unless they are KEPT there. The
+// bytes are there for this thread after a cp_async_wait, for others after a barrier that follows it.
 #ifdef SIMT_EMULATOR
 
-template <int BYTES = 16>
+template <int BYTES = 16, bool KEPT = false>
 inline void cp_async(smem_addr dst, const void* src, bool valid = true, SIMT_WHERE) {
     simt::cp_async(reinterpret_cast<void*>(dst), src, BYTES, valid ? BYTES : 0, at);
 }
@@ -354,11 +368,11 @@ inline void cp_async_wait() { simt::cp_async_wait(GROUPS_LEFT); }
 
 #else
 
-template <int BYTES = 16>
+template <int BYTES = 16, bool KEPT = false>
 __device__ __forceinline__ void cp_async(smem_addr dst, const void* src, bool valid = true) {
     static_assert(BYTES == 16 || BYTES == 8 || BYTES == 4, "cp.async copies 16, 8 or 4 bytes");
     size_t global = __cvta_generic_to_global(src);
-    if constexpr (BYTES == 16)
+    if constexpr (BYTES == 16 && !KEPT)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(global), "r"(valid ? 16 : 0) : "memory");
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
