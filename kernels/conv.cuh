@@ -157,15 +157,15 @@ __device__ __forceinline__ void multiply(typename Tile::Accumulators& acc, smem_
             ldmatrix_n<B::TRANS>(pairs, b_rows);
 #pragma unroll
             for (int j = 0; j < 2 * N; j++) fb[j][0] = pairs[j / 2][j % 2 * 2], fb[j][1] = pairs[j / 2][j % 2 * 2 + 1];
-            // All warps have just met, so that none hides what another does before its first product. So the next copies and
-            // the promotion of the last sums come when the tensor cores have work, each behind products of its own.
+            // All warps have just met, so that none hides what another does before its first product. So the next copies, and
+            // the promotion of the last sums, come behind products, each behind its own.
             if constexpr (!F16_SUMS)
                 mma_tile<T>(acc, fa, fb);
             else if (k == 0)
                 mma_tile_f16(part, fa, fb);
             else
                 mma_tile_f16(k + 1 < BK / 16 ? part : whole, fa, fb, part);
-            if (k == (F16_SUMS ? 0 : 2)) {
+            if (k == 0) {
                 if (step + Tile::STAGES - 1 < steps) load(shared + writing);
                 cp_async_commit();
             }
