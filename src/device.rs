@@ -247,8 +247,9 @@ impl fmt::Display for Device {
         match &self.runtime {
             None => write!(f, "the CPU, {}", self.numbers()),
             Some(gpu) => {
-                let tuned = if gpu.tuned().is_some() { ", tuned" } else { "" };
-                write!(f, "{}, {}{tuned}", gpu.name(), self.numbers())
+                write!(f, "{}, {}", gpu.name(), self.numbers())?;
+                // With other choices sums come in another order.
+                gpu.tuned().map_or(Ok(()), |tuned| write!(f, ", tuned {}", tuned.fingerprint()))
             }
         }
     }

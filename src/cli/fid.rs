@@ -104,9 +104,9 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
     let mut viewer = viewer(&args, &references.data, &device)?;
     let first = references.picture(0, &mut viewer)?;
     let wanted = args.network_node.as_deref().map_or(FeatureTensor::Output, FeatureTensor::Named);
-    let network =
-        OnnxNetwork::open(&args.network, wanted, Some([first.height(), first.width()])).context("--network")?;
-    let features = network.width();
+    let mut networks = vec![];
+    let network = of_size(&mut networks, &first, &args.network, wanted)?;
+    let (features, node) = (network.width(), network.node().to_owned());
     // Those of both sets, and their product.
     memory::check(format!("covariances of {features} features"), 3 * 8 * (features as u128).pow(2))?;
     if references.count.min(count) <= features {
@@ -119,24 +119,24 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
 
     let all = references.count + count;
     let bar = say::bar(all as u64, "{msg} {human_pos} of {human_len} images, {per_sec}, {eta} left");
-    let look = Look { network: &network, bar: &bar };
+    let mut look = Look { path: &args.network, wanted, networks, bar: &bar };
     let started = Instant::now();
-    let dataset = references.moments(&look, &mut viewer)?;
+    let dataset = references.moments(&mut look, &mut viewer)?;
     let made = match source {
-        Source::Files(files) => of_files(&files, &look)?,
-        Source::Model(mut pipeline) => references.of_model(&mut pipeline, count, &look, &mut viewer)?,
+        Source::Files(files) => of_files(&files, &mut look)?,
+        Source::Model(mut pipeline) => references.of_model(&mut pipeline, count, &mut look, &mut viewer)?,
     };
     bar.finish_and_clear();
     let rate = all as f64 / started.elapsed().as_secs_f64();
     let distance = distance(made, dataset);
-    ensure!(distance.is_finite(), "{}: the features are too large to compare", network.path().display());
+    ensure!(distance.is_finite(), "{}: the features are too large to compare", args.network.display());
 
     let source = args.generated.as_ref().or(args.model.as_ref()).map(|path| path.display().to_string());
     let (split, References { count: references, sampler, .. }) = (args.split.to_string(), references);
     if args.json {
         let mut all = json!({
             "frechet_distance": distance, "images": count, "references": references,
-            "network": network.path().display().to_string(), "node": network.node(), "features": features,
+            "network": args.network.display().to_string(), "node": node, "features": features,
             "data": args.data.display().to_string(), "split": split, "images_per_second": rate,
         });
         match args.generated {
@@ -147,7 +147,7 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
     } else {
         out!("Frechet distance {distance:.4}");
         out!("{count} images of {}, {references} of the {split} split", source.unwrap_or_default());
-        out!("{features} features, {} of {}; {rate:.1} images/s", network.node(), network.path().display());
+        out!("{features} features, {node} of {}; {rate:.1} images/s", args.network.display());
     }
     Ok(())
 }
@@ -214,9 +214,9 @@ impl References<'_> {
     }
 
     /// The features of the dataset's images.
-    fn moments(&self, look: &Look, viewer: &mut Viewer) -> anyhow::Result<FeatureStatistics> {
+    fn moments(&self, look: &mut Look, viewer: &mut Viewer) -> anyhow::Result<FeatureStatistics> {
         look.bar.set_message("dataset:");
-        let mut moments = FeatureStatistics::new(look.network.width());
+        let mut moments = FeatureStatistics::new(look.networks[0].width());
         for first in (0..self.count).step_by(CHUNK) {
             let chunk: Vec<usize> = (first..self.count.min(first + CHUNK)).collect();
             let pictures = chunk.iter().map(|&i| self.picture(i, viewer)).collect::<Result<Vec<_>, _>>()?;
@@ -230,11 +230,11 @@ impl References<'_> {
         &self,
         pipeline: &mut Pipeline,
         count: usize,
-        look: &Look,
+        look: &mut Look,
         viewer: &mut Viewer,
     ) -> anyhow::Result<FeatureStatistics> {
         look.bar.set_message("sampling:");
-        let mut moments = FeatureStatistics::new(look.network.width());
+        let mut moments = FeatureStatistics::new(look.networks[0].width());
         let mut by_size: BTreeMap<[usize; 2], Vec<usize>> = BTreeMap::new();
         (0..count).for_each(|number| by_size.entry(self.size(number % self.count)).or_default().push(number));
         for (size, all) in &by_size {
@@ -250,9 +250,9 @@ impl References<'_> {
 }
 
 /// The features of pictures that are there.
-fn of_files(files: &[PathBuf], look: &Look) -> anyhow::Result<FeatureStatistics> {
+fn of_files(files: &[PathBuf], look: &mut Look) -> anyhow::Result<FeatureStatistics> {
     look.bar.set_message("generated:");
-    let mut moments = FeatureStatistics::new(look.network.width());
+    let mut moments = FeatureStatistics::new(look.networks[0].width());
     for (number, chunk) in files.chunks(CHUNK).enumerate() {
         let pictures: Vec<Picture> = chunk.par_iter().map(|file| open(file)).collect::<anyhow::Result<_>>()?;
         let numbers: Vec<usize> = (number * CHUNK..).take(chunk.len()).collect();
@@ -277,26 +277,52 @@ fn open(file: &Path) -> anyhow::Result<Picture> {
     image.map(|image| image.picture).map_err(|why| anyhow!("--generated {}: {why}", file.display()))
 }
 
-/// The network whose features are compared, and the progress bar.
+/// The network for pictures of this one's size. It is opened unless it is there; one that has a size serves all.
+fn of_size<'a>(
+    networks: &'a mut Vec<OnnxNetwork>,
+    picture: &Picture,
+    path: &Path,
+    wanted: FeatureTensor,
+) -> anyhow::Result<&'a OnnxNetwork> {
+    let size = [picture.height(), picture.width()];
+    let place = match networks.iter().position(|network| !network.any_size() || network.size() == size) {
+        Some(place) => place,
+        None => {
+            networks.push(OnnxNetwork::open(path, wanted, Some(size)).context("--network")?);
+            networks.len() - 1
+        }
+    };
+    Ok(&networks[place])
+}
+
+/// The network whose features are compared, for each size of pictures that it was given, and the progress bar.
 struct Look<'a> {
-    network: &'a OnnxNetwork,
+    path: &'a Path,
+    wanted: FeatureTensor<'a>,
+    networks: Vec<OnnxNetwork>,
     bar: &'a ProgressBar,
 }
 
 impl Look<'_> {
     /// Adds the features of pictures: RGB from 0 to 255. Errors name them by `numbers` and `what`.
     fn at(
-        &self,
+        &mut self,
         moments: &mut FeatureStatistics,
         pictures: &[Picture],
         numbers: &[usize],
         what: &str,
     ) -> anyhow::Result<()> {
+        let Self { path, wanted, networks, bar } = self;
+        for picture in pictures {
+            of_size(networks, picture, path, *wanted)?;
+        }
         let features = |(i, picture): (usize, &Picture)| {
-            let picture = resize(picture, self.network.size());
+            let size = [picture.height(), picture.width()];
+            let network = networks.iter().find(|network| network.size() == size).unwrap_or(&networks[0]);
+            let picture = resize(picture, network.size());
             let values: Vec<f32> = picture.rgb().iter().map(|&x| f32::from(x)).collect();
-            let features = self.network.features(&values, &format!("image {} of {what}", numbers[i]));
-            self.bar.inc(1);
+            let features = network.features(&values, &format!("image {} of {what}", numbers[i]));
+            bar.inc(1);
             features
         };
         let all: Vec<_> =

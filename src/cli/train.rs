@@ -14,7 +14,7 @@ use super::{DeviceArgs, Ended};
 use edm2k::Device;
 use edm2k::backend::BackendError;
 use edm2k::backend::gpu::engine::Gpu;
-use edm2k::backend::gpu::launch::Math;
+use edm2k::backend::gpu::launch::{Card, ConvLoop, Math};
 use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::codec::{CodecError, CodecFile};
 use edm2k::data::dataset::{Dataset, DatasetError, Representation, Split};
@@ -188,17 +188,17 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
         ensure!(sizes(v) == sizes(&data), "{dir}: the validation split is not of the same size");
     }
     let device = ranks.open(&args.device)?;
+    let (mut viewer, warning) = viewer(args, &data, &device).context("--vae")?;
     let Resolved { settings, execution, model, mut notes } = resolve(args, &data, &device, ranks.size())?;
     notes.extend([Some(&data), validation.as_ref()].into_iter().flatten().filter_map(doubt));
     if args.dry_run {
         if ranks.first() {
-            results(&describe(&settings, &execution, &model, args.device.math())?);
+            notes.iter().for_each(|note| note!("{note}"));
+            results(&describe(&settings, &execution, &model, &device, args.device.math())?);
         }
         return Ok(Outcome::Finished);
     }
 
-    let (mut viewer, warning) =
-        Viewer::of(&device, &data, &args.data.display().to_string(), args.vae.as_deref()).context("--vae")?;
     notes.extend(warning.map(|warning| format!("warning: --vae {warning}")));
     ranks.connect(&device)?;
     let terminal = std::io::stderr().is_terminal();
@@ -256,6 +256,19 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
         note!("stopped after {} images; the same command again goes on from there", seen.unwrap_or(0));
     }
     Ok(outcome)
+}
+
+/// What shows the sample grids, and a warning of it. A GPU's memory for that is taken before the rest is shared out.
+fn viewer(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<(Option<Viewer>, Option<String>)> {
+    if args.dry_run {
+        return Ok((None, None));
+    }
+    let (mut viewer, warning) = Viewer::of(device, data, &args.data.display().to_string(), args.vae.as_deref())?;
+    if let (Some(viewer), Some(_)) = (&mut viewer, device.runtime()) {
+        let [height, width, channels] = data.shape();
+        viewer.picture([height, width], &vec![0.0; height * width * channels])?;
+    }
+    Ok((viewer, warning))
 }
 
 /// A warning of a dataset's [`Dataset::doubt`].
@@ -325,16 +338,21 @@ fn check_memory(args: &TrainArgs, config: &Config, data: &Dataset, on_gpu: bool)
     Ok(())
 }
 
+/// The state that the run in `outdir` goes on from, if it has begun and is not to begin anew.
+fn begun(args: &TrainArgs) -> Option<State> {
+    let outdir = args.outdir.as_deref().filter(|_| !args.restart)?;
+    let newest = checkpoint::list(outdir).ok()?.iter().find_map(|path| Checkpoint::open(path).ok())?;
+    Some(newest.state)
+}
+
 /// The model to start from, and the identity of its file, which the run notes. A run that has begun needs only the
 /// network, which its checkpoints know, so by then the file may be gone.
-fn start(path: &Path, outdir: Option<&Path>) -> anyhow::Result<(Model, Identity)> {
-    let begun = || checkpoint::list(outdir?).ok()?.iter().find_map(|path| Checkpoint::open(path).ok());
+fn start(path: &Path, begun: Option<&State>, notes: &mut Vec<String>) -> anyhow::Result<(Model, Identity)> {
     if !path.exists()
-        && let Some(Checkpoint {
-            state: State { settings: Settings { init: Some(init), config, seed, .. }, .. }, ..
-        }) = begun()
+        && let Some(State { settings: Settings { init: Some(init), config, seed, .. }, .. }) = begun
     {
-        return Ok((Model::init(&config, seed)?, init));
+        notes.push(format!("--init {} is not there; the run, which has begun, does not need it", path.display()));
+        return Ok((Model::init(config, *seed)?, init.clone()));
     }
     let model = Model::load(path).context("cannot start from --init")?;
     Ok((model, Identity::of_file(path).with_context(|| format!("--init {}", path.display()))?))
@@ -353,7 +371,8 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     let on_gpu = device.runtime().is_some();
     let mut notes = Vec::new();
     let preset = args.preset.as_deref().map(preset).transpose()?;
-    let init = args.init.as_ref().map(|path| start(path, args.outdir.as_deref())).transpose()?;
+    let begun = begun(args);
+    let init = args.init.as_ref().map(|path| start(path, begun.as_ref(), &mut notes)).transpose()?;
     let (init, start) = init.map_or((None, None), |(model, identity)| (Some(model), Some(identity)));
     let config = network(args, data, preset.as_ref(), init.as_ref())?;
     check_memory(args, &config, data, on_gpu)?;
@@ -366,7 +385,7 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     ensure!(!mirrored, "--flip: the images are latents, and mirrored ones are not those of the mirrored picture");
     let settings = settings(args, data, config, preset.as_ref(), start)?;
     settings.validate()?;
-    if settings.config.label_dim > 0 && settings.cond_dropout == 0.0 {
+    if settings.config.label_dim > 0 && settings.cond_dropout_of(settings.duration.saturating_sub(1)) == 0.0 {
         notes.push(
             "every image keeps its condition, so the model can be drawn from without guidance only (--cond-dropout)"
                 .to_owned(),
@@ -374,10 +393,12 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     }
 
     let recipe = preset.as_ref().and_then(|preset| preset.recipe);
-    let mut execution = execution(args, &settings, device, recipe)?;
+    // A run that goes on takes as many images at a time as before, so that it rounds in the same way.
+    let batch_gpu = args.batch_gpu.or(begun.and_then(|state| state.batch_gpu));
+    let mut execution = execution(args, batch_gpu, &settings, device, recipe)?;
     execution.batch_gpu = execution.batch_gpu.min(settings.batch.div_ceil(ranks as u64));
     let needed = |n: u64| {
-        let memory = plan_on_gpu(&settings, n, &model, args.device.math()).ok()?;
+        let memory = plan_on_gpu(&settings, n, &model, device, args.device.math()).ok()?;
         memory["total_bytes"].as_u64()
     };
     if args.batch_gpu.is_none()
@@ -452,6 +473,7 @@ fn settings(
 /// How the run is executed: as the arguments say, else as suits the settings.
 fn execution(
     args: &TrainArgs,
+    batch_gpu: Option<u64>,
     settings: &Settings,
     device: &Device,
     recipe: Option<Recipe>,
@@ -466,7 +488,7 @@ fn execution(
     let seldom = args.vae.as_ref().map(with_pictures).transpose().context("--vae")?.unwrap_or(0);
     let of_recipe = recipe.map(|recipe| recipe.batch_gpu).filter(|_| device.runtime().is_some());
     Ok(Execution {
-        batch_gpu: args.batch_gpu.or(of_recipe).unwrap_or(usual.batch_gpu),
+        batch_gpu: batch_gpu.or(of_recipe).unwrap_or(usual.batch_gpu),
         status: args.status.unwrap_or(usual.status),
         validate: args.validate.unwrap_or(usual.validate),
         grid: args.grid.unwrap_or(usual.grid.max(seldom)),
@@ -481,12 +503,20 @@ fn execution(
 }
 
 /// The resolved configuration as JSON.
-fn describe(settings: &Settings, execution: &Execution, model: &Model, math: Math) -> anyhow::Result<String> {
+fn describe(
+    settings: &Settings,
+    execution: &Execution,
+    model: &Model,
+    device: &Device,
+    math: Math,
+) -> anyhow::Result<String> {
     let [height, width] = settings.data.largest();
     let averages = settings.ema.len();
     let memory = memory::estimate(&settings.config, &model.table, height, width, execution.batch_gpu, averages);
-    let gpu = plan_on_gpu(settings, execution.batch_gpu, model, math).unwrap_or_else(|why| json!(why.to_string()));
-    let newest = if execution.outdir.is_dir() { checkpoint::list(&execution.outdir)?.into_iter().next() } else { None };
+    let gpu =
+        plan_on_gpu(settings, execution.batch_gpu, model, device, math).unwrap_or_else(|why| json!(why.to_string()));
+    let goes_on = execution.outdir.is_dir() && !execution.restart;
+    let newest = if goes_on { checkpoint::list(&execution.outdir)?.into_iter().next() } else { None };
     Ok(serde_json::to_string_pretty(&json!({
         "settings": settings,
         "execution": execution,
@@ -498,10 +528,22 @@ fn describe(settings: &Settings, execution: &Execution, model: &Model, math: Mat
     }))?)
 }
 
-/// Memory, launches and traffic of a micro-batch on a GPU, by the plan that a GeForce RTX 4090 would get. No GPU is
-/// needed for it. If images have several sizes, the plan is that of the size which needs the most memory.
-fn plan_on_gpu(settings: &Settings, batch_gpu: u64, model: &Model, math: Math) -> Result<Value, BackendError> {
-    let mut gpu = Gpu::for_training(Rc::new(Imagined::rtx_4090()), math, &model.table, settings.ema.len())?;
+/// Memory, launches and traffic of a micro-batch on a GPU, by the plan that the device would get if it is one; else an H100
+/// if its loop of convolutions is asked for; else a GeForce RTX 4090. No GPU is needed for it. If images have several sizes,
+/// the plan is that of the size which needs the most memory.
+fn plan_on_gpu(
+    settings: &Settings,
+    batch_gpu: u64,
+    model: &Model,
+    device: &Device,
+    math: Math,
+) -> Result<Value, BackendError> {
+    let card = match (device.runtime(), math.conv_loop) {
+        (Some(runtime), _) => Imagined::new(runtime.card()),
+        (None, Some(ConvLoop::Wgmma)) => Imagined::new(Card::new(132, 90)),
+        (None, _) => Imagined::rtx_4090(),
+    };
+    let mut gpu = Gpu::for_training(Rc::new(card), math, &model.table, settings.ema.len())?;
     for [height, width] in settings.data.all_sizes() {
         edm2k::train::rehearse(&mut gpu, &model.net, settings.dropout, [batch_gpu as usize, height, width])?;
     }

@@ -151,6 +151,7 @@ pub struct OnnxNetwork {
     node: String,
     layout: Layout,
     size: [usize; 2],
+    any_size: bool,
     width: usize,
     fingerprint: Fingerprint,
     runnable: tract::Runnable,
@@ -166,6 +167,11 @@ impl OnnxNetwork {
     /// Height and width of the images.
     pub fn size(&self) -> [usize; 2] {
         self.size
+    }
+
+    /// Whether the file leaves the size open, so that it may be opened for another one.
+    pub fn any_size(&self) -> bool {
+        self.any_size
     }
 
     /// Elements of the features.

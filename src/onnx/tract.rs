@@ -79,7 +79,7 @@ pub fn open(path: &Path, wanted: FeatureTensor, size: Option<[usize; 2]>) -> Res
     let fingerprint = fingerprint(path, &graph)?;
     let node = choose(&graph, wanted, path)?;
     keep_ancestors(&mut graph, &node);
-    let (layout, size) = fix_input(&mut graph, size, path)?;
+    let (layout, size, any_size) = fix_input(&mut graph, size, path)?;
     graph.output = vec![ValueInfoProto { name: node.clone(), ..Default::default() }];
     let framework = tract_onnx::onnx().with_ignore_value_info(true);
     if let Some(bad) = graph.node.iter().find(|node| !framework.op_register.0.contains_key(&node.op_type)) {
@@ -126,7 +126,8 @@ pub fn open(path: &Path, wanted: FeatureTensor, size: Option<[usize; 2]>) -> Res
         return Err(OnnxError::NoVector { path: path.into(), name: printable(&node), found });
     }
     let runnable = guarded(|| typed.into_optimized()?.into_runnable()).map_err(refused)?;
-    Ok(OnnxNetwork { path: path.into(), node, layout, size, width, fingerprint, runnable: Runnable(runnable) })
+    let runnable = Runnable(runnable);
+    Ok(OnnxNetwork { path: path.into(), node, layout, size, any_size, width, fingerprint, runnable })
 }
 
 fn read(path: &Path) -> Result<ModelProto, OnnxError> {
@@ -273,8 +274,12 @@ fn keep_ancestors(graph: &mut GraphProto, target: &str) {
     graph.input.retain(|input| names.contains(&input.name));
 }
 
-/// Finds the input of images and fixes its shape for one image.
-fn fix_input(graph: &mut GraphProto, size: Option<[usize; 2]>, path: &Path) -> Result<(Layout, [usize; 2]), OnnxError> {
+/// Finds the input of images and fixes its shape for one image. Also returns whether the file left the size open.
+fn fix_input(
+    graph: &mut GraphProto,
+    size: Option<[usize; 2]>,
+    path: &Path,
+) -> Result<(Layout, [usize; 2], bool), OnnxError> {
     let wrong = |found: String| OnnxError::Input { path: path.into(), found };
     // Old files list the weights among the inputs.
     let weights: HashSet<&str> = graph.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
@@ -323,7 +328,7 @@ fn fix_input(graph: &mut GraphProto, size: Option<[usize; 2]>, path: &Path) -> R
     };
     let dim = |side: usize| Dimension { value: Some(dimension::Value::DimValue(side as i64)), ..Default::default() };
     tensor.shape = Some(TensorShapeProto { dim: shape.map(dim).into() });
-    Ok((layout, size))
+    Ok((layout, size, sides == [None, None]))
 }
 
 /// Operators that make a tensor whose size is the value of an input, and the number of the first input that may say it.

@@ -123,6 +123,12 @@ pub(super) fn newest<B: TrainingBackend>(
                 "warning: computed on {before} so far, on {now} from here: it rounds otherwise"
             )));
         }
+        let now = execution.batch_gpu.min(settings.batch);
+        if let Some(before) = checkpoint.state.batch_gpu.filter(|&before| before != now) {
+            event(Event::Note(format!(
+                "warning: {before} images at a time so far, {now} from here: it rounds otherwise (--batch-gpu)"
+            )));
+        }
         return Ok(Some(State { settings, computed_on: execution.computed_on.clone(), ..checkpoint.state }));
     }
     let more = damaged.len().saturating_sub(1);

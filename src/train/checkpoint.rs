@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Settings, Sums};
+use super::{Execution, Settings, Sums};
 use crate::backend::{BackendError, Slot, TrainingBackend};
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile, Writer};
 use crate::formats::{FileError, names};
@@ -34,9 +34,28 @@ pub struct State {
     /// Device and number type of the last step, for people.
     #[serde(default)]
     pub computed_on: String,
+    /// Images at a time in the last step; of the first rank, if there are several. `None` if unknown.
+    #[serde(default)]
+    pub batch_gpu: Option<u64>,
     /// Whether it is there only because the run was told to stop. Then it is removed when there is a newer one.
     #[serde(default)]
     pub stopgap: bool,
+}
+
+impl State {
+    /// That of a run that begins.
+    pub(super) fn beginning(settings: &Settings, execution: &Execution) -> Self {
+        Self {
+            nimg: 0,
+            step: 0,
+            seconds: 0.0,
+            sums: Sums::default(),
+            settings: settings.clone(),
+            computed_on: execution.computed_on.clone(),
+            batch_gpu: None,
+            stopgap: false,
+        }
+    }
 }
 
 /// Why a checkpoint could not be written or read.

@@ -14,6 +14,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 
+use crate::formats::names;
+
 /// The event file that this process writes.
 pub struct Events {
     path: PathBuf,
@@ -21,11 +23,12 @@ pub struct Events {
 }
 
 impl Events {
-    /// Begins a file in a directory, of a run that has seen `nimg` images.
+    /// Begins a file in a directory, of a run that has seen `nimg` images. What older files have of later ones counts no more.
     ///
     /// # Errors
     /// Whatever writing reports.
     pub fn create(dir: &Path, nimg: u64) -> io::Result<Self> {
+        let older = names(dir)?.iter().any(|name| name.starts_with("events.out.tfevents."));
         let seconds = now().floor();
         // The reader orders files by name.
         let name = |number: u32| dir.join(format!("events.out.tfevents.{seconds:010}.edm2k.{number}"));
@@ -39,7 +42,7 @@ impl Events {
         };
         let mut events = Self { path, file };
         events.event(0, |event| bytes(3, b"brain.Event:2", event))?;
-        if nimg > 0 {
+        if older {
             // status = 1 (START)
             events.event(nimg + 1, |event| bytes(7, &[0x08, 1], event))?;
         }

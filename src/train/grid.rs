@@ -55,6 +55,17 @@ pub enum GridError {
     },
 }
 
+impl GridError {
+    /// Whether a later grid may be made all the same.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Sample(SampleError::Backend(why)) => why.is_out_of_memory(),
+            Self::Sample(SampleError::NotFinite { .. }) | Self::Codec(_) | Self::Elsewhere { .. } => true,
+            _ => false,
+        }
+    }
+}
+
 /// How many training images take as long as a grid, counted in multiply-adds. A training image costs three forward
 /// passes. `guided` is as in [`With`]; `picture` are the multiply-adds of making a picture of an image of this size.
 pub fn cost(config: &Config, [height, width]: [usize; 2], guided: bool, picture: u64) -> u64 {

@@ -84,7 +84,6 @@ use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{At, DirLock, FileError, LockError};
 use crate::model::file::ModelWriter;
 use crate::model::{Model, ModelError, ModelMeta, Precond, Stored};
-use crate::sample::SampleError;
 use batch::HostBatch;
 use begin::{begin_anew, begin_together, newest, set_aside, write_options, writers};
 use events::Events;
@@ -252,11 +251,12 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
                 begin_anew(dir, settings, event).at(dir)?;
                 model.upload(backend, Slot::Weight)?;
                 (0..settings.ema.len()).try_for_each(|i| model.upload(backend, Slot::Ema(i)))?;
-                let (settings, computed_on) = (settings.clone(), execution.computed_on.clone());
-                State { nimg: 0, step: 0, seconds: 0.0, sums: Sums::default(), settings, computed_on, stopgap: false }
+                State::beginning(settings, execution)
             }
         });
     }
+    // The device has them; a copy on the host would stay to the end.
+    drop(model.weights);
     let (state, meta) = begin_together(backend, ranks, state, model.meta)?;
     let writers = writers(dir, ranks)?;
     let settings = &state.settings.clone();
@@ -393,6 +393,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             let regular = due(self.execution.checkpoint) || done;
             if (regular || stopped) && writes {
                 self.state.stopgap = !regular;
+                self.state.batch_gpu = Some(self.batch_gpu as u64);
                 self.checkpoint(event)?;
             }
             if done || stopped {
@@ -466,7 +467,9 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let done = work(self, &mut batch, &mut halved);
         self.batch_aside = batch;
         self.backend.make_effective(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
-        self.last_status.0 += begun.elapsed();
+        let spent = begun.elapsed();
+        self.last_status.0 += spent;
+        self.started += spent;
         done
     }
 
@@ -475,17 +478,16 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let Some(show) = self.show.take() else { return Ok(()) };
         let path = self.execution.outdir.join(format!("grid-{:09}.png", self.state.nimg));
         let data = self.data.validation.unwrap_or(self.data.train);
-        let guided = self.settings.cond_dropout > 0.0;
+        let guided = self.cond_dropout() > 0.0;
         let written = self.with_average(event, |run, batch, halved| {
             let (backend, net, ranks) = (&mut *run.backend, &run.net, &mut *run.ranks);
             Ok(grid::write(&path, grid::With { backend, net, data, guided, batch, halved, ranks }, show)?)
         });
         self.show = Some(show);
         match written {
-            // A network may not be trained enough to sample from yet. Later grids may work.
-            Err(TrainError::Grid(
-                error @ (grid::GridError::Sample(SampleError::NotFinite { .. }) | grid::GridError::Elsewhere { .. }),
-            )) => {
+            // A network may not be trained enough to sample from yet, or what it makes too much for the autoencoder. Memory
+            // may be short. Later grids may work, and the run does not need them.
+            Err(TrainError::Grid(error)) if error.is_passing() => {
                 if self.files.is_some() {
                     event(Event::Note(format!("no sample grid: {error}")));
                 }
@@ -506,7 +508,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let (rank, writers) = (self.ranks.rank(), self.writers);
         for (i, path) in paths.iter().enumerate().filter(|(i, _)| i % writers == rank) {
             match self.write_average(i, path) {
-                Err(TrainError::Model(ModelError::NotFinite { name, value, .. })) if !value.is_finite() => {
+                Err(TrainError::Model(ModelError::NotFinite { name, value, .. })) => {
                     return Err(self.diverged(format!("an average of {name} is {value:e}")));
                 }
                 other => other?,
@@ -520,10 +522,14 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         Ok(())
     }
 
+    /// How likely the last image was to be shown without its condition.
+    fn cond_dropout(&self) -> f64 {
+        self.state.nimg.checked_sub(1).map_or(0.0, |last| self.settings.cond_dropout_of(last))
+    }
+
     fn meta_now(&self) -> ModelMeta {
-        let images_seen = self.state.nimg;
-        let cond_dropout = images_seen.checked_sub(1).map_or(0.0, |last| self.settings.cond_dropout_of(last));
-        ModelMeta { images_seen, cond_dropout: Some(cond_dropout), ..self.meta.clone() }
+        let cond_dropout = Some(self.cond_dropout());
+        ModelMeta { images_seen: self.state.nimg, cond_dropout, ..self.meta.clone() }
     }
 
     /// Writes a moving average parameter by parameter. Ranks of one machine share its memory, and may write at once.

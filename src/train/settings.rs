@@ -396,7 +396,7 @@ impl Given {
         theirs.execution.batch_gpu = ours.execution.batch_gpu;
         let numbers = |execution: &Execution| {
             let numbers = execution.computed_on.split_once(", ").map(|(_, numbers)| numbers);
-            numbers.map(|numbers| numbers.trim_end_matches(", tuned").to_owned())
+            numbers.map(|numbers| numbers.split(", tuned").next().unwrap_or(numbers).to_owned())
         };
         if numbers(&ours.execution) == numbers(&theirs.execution) {
             theirs.execution.computed_on.clone_from(&ours.execution.computed_on);

@@ -681,6 +681,46 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half() {
     assert!(said.len() == 2 && said.iter().all(|said| said.ends_with("going on with 4 images at a time")), "{said:?}");
 }
 
+/// A plan that lacks what other plans hold gets it. Between them they ask for more than there is.
+#[cfg(feature = "emulator")]
+#[test]
+fn plans_make_room_for_each_other() {
+    let model = demo();
+    let shape = [1, 64, 64, 8];
+    let values = normals(3, 64 * 64 * 8);
+    // All of the terms are there at once, then their sum.
+    let sum = |b: &mut Gpu, x: &[_]| -> Result<Vec<_>, BackendError> {
+        let terms: Vec<_> = (1..=12).map(|i| b.linear_combination(&[(&x[0], f64::from(i))])).collect();
+        Ok(vec![b.linear_combination(&terms.iter().map(|term| (term, 1.0)).collect::<Vec<_>>())])
+    };
+    let multiples = |b: &mut Gpu, x: &[_]| -> Result<Vec<_>, BackendError> {
+        Ok((1..=3).map(|i| b.linear_combination(&[(&x[0], f64::from(i))])).collect())
+    };
+    let both = |limit: u64| {
+        let runtime = Rc::new(Emulated::new(Emulator::new(Build::Normal).unwrap(), limit));
+        let mut gpu = Gpu::for_sampling(runtime.clone(), Precision::F16, &model.table)?;
+        let (params, mut found) = (limit - runtime.free().unwrap_or_default(), Vec::new());
+        let x = gpu.upload(shape, &values);
+        for _ in 0..2 {
+            let sums = gpu.planned(&"sum", std::slice::from_ref(&x), &mut sum.clone())?;
+            found.push(gpu.download(&sums[0])?);
+            drop(sums);
+            let three = gpu.planned(&"multiples", std::slice::from_ref(&x), &mut multiples.clone())?;
+            found.extend(three.iter().map(|made| gpu.download(made)).collect::<Result<Vec<_>, _>>()?);
+        }
+        let workspaces: Vec<u64> = gpu.costs().map(|cost| cost.workspace as u64).collect();
+        Ok::<_, BackendError>((found, params, workspaces))
+    };
+    let (expected, params, workspaces) = both(1 << 40).unwrap();
+    let [of_sum, of_multiples] = workspaces[..] else { panic!("{workspaces:?}") };
+    let tensor = of_multiples / 4;
+    assert!(of_sum >= 6 * tensor, "{of_sum} and {of_multiples} bytes");
+    // Beside the larger workspace there is no room for an input and three results.
+    let (found, ..) = both(params + of_sum + 3 * tensor).unwrap();
+    assert_eq!(found, expected);
+    assert!(both(params + of_sum / 2).is_err_and(|why| why.is_out_of_memory()));
+}
+
 #[cfg(feature = "emulator")]
 #[test]
 fn too_little_memory_is_an_error_that_says_what_to_lower() {

@@ -18,7 +18,7 @@ use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::formats::safetensors::{self, Dtype};
 use edm2k::model::{Config, Model, Stored, file::save};
 use edm2k::onnx::{FeatureTensor, OnnxNetwork};
-use edm2k::pictures::{Picture, bicubic::resize, png};
+use edm2k::pictures::{Picture, bicubic::resize, decode, png};
 use edm2k::rng::{Purpose, Stream};
 use nalgebra::{DMatrix, DVector};
 use proptest::prelude::*;
@@ -648,12 +648,14 @@ fn prepare_tagger_shows_the_tagger_the_whole_image() {
     bench.run(&format!("{line} --features x.npy")).code(2);
 }
 
-/// The mean colour of the picture: features that are known. [N, 3, open, open], so that nothing is resized.
-fn mean_colour() -> Vec<u8> {
+/// The mean colour of the picture, or of the squares: features that are known. [N, 3, open, open], so that nothing is
+/// resized.
+fn mean_colour(of: &str) -> Vec<u8> {
     let dims = [Dim::Open("N"), Dim::Fixed(3), Dim::Open("H"), Dim::Open("W")];
     Graph {
         nodes: vec![
-            node("mean", "GlobalAveragePool", &["x"], "mean"),
+            node("square", "Mul", &["x", "x"], "squares"),
+            node("mean", "GlobalAveragePool", &[of], "mean"),
             node("flat", "Flatten", &["mean"], "colour").message(5, int("axis", 1)),
         ],
         inputs: vec![value_info("x", FLOAT, &dims)],
@@ -663,12 +665,12 @@ fn mean_colour() -> Vec<u8> {
     .file()
 }
 
-/// The distance by another way: the eigenvalues of S1 S2 itself.
-fn distance(one: &[Picture], other: &[Picture]) -> f64 {
+/// The distance of mean colours to the power `power`, by another way: the eigenvalues of S1 S2 itself.
+fn distance(one: &[Picture], other: &[Picture], power: i32) -> f64 {
     let gaussian = |pictures: &[Picture]| {
         let colour = |picture: &Picture| {
             let area = (picture.width() * picture.height()) as f64;
-            let sum = |c| picture.rgb().iter().skip(c).step_by(3).map(|&x| f64::from(x)).sum::<f64>();
+            let sum = |c| picture.rgb().iter().skip(c).step_by(3).map(|&x| f64::from(x).powi(power)).sum::<f64>();
             DVector::from_iterator(3, (0..3).map(|c| sum(c) / area))
         };
         let colours: Vec<_> = pictures.iter().map(colour).collect();
@@ -685,7 +687,7 @@ fn distance(one: &[Picture], other: &[Picture]) -> f64 {
 #[test]
 fn fid_is_the_distance_of_what_is_made_from_the_dataset() {
     let bench = Bench::new();
-    fs::write(bench.path("colour.onnx"), mean_colour()).unwrap();
+    fs::write(bench.path("colour.onnx"), mean_colour("x")).unwrap();
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/emoji");
     let emoji = Dataset::open(&data, Split::Train).unwrap();
     let references: Vec<Picture> = (0..emoji.len())
@@ -716,11 +718,11 @@ fn fid_is_the_distance_of_what_is_made_from_the_dataset() {
         fs::write(bench.path("made").join(other), "something else").unwrap();
     }
     let (found, said) = fid("--generated made");
-    near(&found, distance(&made, &references));
+    near(&found, distance(&made, &references, 1));
     assert_eq!((&found["images"], &found["references"], &found["features"]), (&json!(70), &json!(159), &json!(3)));
     assert!(!said.contains("warning"), "{said}");
     let (found, _) = fid("--generated made --images 20");
-    near(&found, distance(&made, &references[..20]));
+    near(&found, distance(&made, &references[..20], 1));
 
     // The dataset against itself.
     fs::create_dir(bench.path("itself")).unwrap();
@@ -783,7 +785,7 @@ fn fid_is_the_distance_of_what_is_made_from_the_dataset() {
 #[test]
 fn fid_of_several_sizes_is_of_pictures_of_these_sizes() {
     let bench = Bench::new();
-    fs::write(bench.path("colour.onnx"), mean_colour()).unwrap();
+    fs::write(bench.path("colour.onnx"), mean_colour("x")).unwrap();
     for dir in ["photos", "all"] {
         fs::create_dir(bench.path(dir)).unwrap();
     }
@@ -802,6 +804,21 @@ fn fid_of_several_sizes_is_of_pictures_of_these_sizes() {
         found["frechet_distance"].as_f64().unwrap()
     };
     assert!(fid("--generated photos").abs() < 1e-3);
+    // Enlarged or reduced, noise would have other squares.
+    fs::write(bench.path("colour.onnx"), mean_colour("squares")).unwrap();
+    fs::create_dir(bench.path("noise")).unwrap();
+    let picture_of =
+        |dir: &str, name: &str| decode::open(&bench.path(&format!("{dir}/{name}")), [255; 3]).unwrap().picture;
+    let mut noise = vec![];
+    for (id, [width, height]) in [[32, 32], [48, 32], [32, 64], [64, 64], [16, 16]].into_iter().enumerate() {
+        let rgb = (0..width * height * 3).map(|i| (i as u32 * 2_654_435_761 * (id as u32 + 1) >> 24) as u8).collect();
+        Picture::new(height, width, rgb).save(&bench.path(&format!("noise/{id}.png")), &[]).unwrap();
+        noise.push(picture_of("noise", &format!("{id}.png")));
+    }
+    let photos: Vec<Picture> = (2..7).map(|id| picture_of("photos", &format!("{id}.png"))).collect();
+    let (found, expected) = (fid("--generated noise"), distance(&noise, &photos, 2));
+    assert!((found - expected).abs() < 1e-3 * expected, "{found}, expected {expected}");
+    fs::write(bench.path("colour.onnx"), mean_colour("x")).unwrap();
 
     bench.model("model", 5, 32, Conditioning::Tags);
     let options = "--steps 3 --solver euler --guidance 2 --device cpu";

@@ -20,7 +20,9 @@ use edm2k::collective::Alone;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::model::{Model, Stored};
+use edm2k::pictures::png::read_text;
 use edm2k::rng::{Purpose, Stream};
+use edm2k::sample::SamplerConfig;
 use edm2k::train::batch::HostBatch;
 use edm2k::train::order::Order;
 use edm2k::train::{
@@ -679,8 +681,15 @@ fn a_restart_sets_aside_the_events_of_tensorboard_too() {
         let events = paths.filter(|path| path.file_name().unwrap().to_string_lossy().contains("tfevents"));
         events.map(|path| (path.file_name().unwrap().into(), fs::read(&path).unwrap())).collect()
     };
+    // A file that a killed run left before its first checkpoint is not counted.
+    let session = |file: &[u8]| file.windows(4).any(|bytes| bytes == [7 << 3 | 2, 2, 0x08, 1]);
+    fs::create_dir(place.path("killed")).unwrap();
+    fs::write(place.path("killed/events.out.tfevents.0000000001.edm2k.0"), "").unwrap();
+    succeed(&mut place.train("killed", options));
+    assert!(events("killed").iter().any(|(_, file)| session(file)));
     succeed(&mut place.train("run", options));
     let before = events("run");
+    assert!(!session(&before[0].1));
     assert!(before.len() == 1 && before[0].1.len() > 100, "{before:?}");
     succeed(&mut place.train("run", &format!("{options} --restart")));
     assert!(events("run/before.restart") == before, "what the run before had written");
@@ -711,6 +720,16 @@ fn resuming_with_other_options_says_which() {
     let said = fail(&mut place.train("run", options));
     assert!(said.contains("data.images was 37, now 38"), "{said}");
     assert_eq!(before, fs::read(place.newest("run")).unwrap(), "the checkpoint was touched");
+    // Another number of images at a time is no other run. It is the one of before unless it is given.
+    let longer = |duration: usize, more: &str| {
+        let options = format!("--duration {duration} --batch 8 --rampup 1 --grid 0 --validate 0 --snapshot 0 {more}");
+        succeed(&mut place.train("pieces", &options))
+    };
+    longer(8, "--batch-gpu 4");
+    assert!(!longer(16, "").contains("images at a time"));
+    assert!(
+        longer(24, "--batch-gpu 2").contains("warning: 4 images at a time so far, 2 from here: it rounds otherwise")
+    );
     // A longer run with the same learning rate is the same run.
     write_shard(&place.path("data").join(Split::Train.shard_name(0)), 0, 37, false);
     succeed(&mut place.train("run", "--duration 32 --batch 8 --rampup 1 --grid 0 --validate 0"));
@@ -776,8 +795,17 @@ fn a_model_that_always_saw_conditions_is_drawn_from_without_guidance() {
     let said = succeed(&mut place.train("always", options));
     assert!(said.contains("every image keeps its condition"), "{said}");
     // Its later half is shown without conditions at times.
-    let said = succeed(&mut place.train("late", &format!("{options} --cond-dropout 0.5 --cond-dropout-from 24")));
+    let late = format!("--duration 48 --batch 8 --snapshot 24 --grid 24 --validate 0 --ema 0.1 --cond-dropout 0.5");
+    let said = succeed(&mut place.train("late", &format!("{late} --cond-dropout-from 24")));
     assert!(!said.contains("every image keeps its condition"), "{said}");
+    let guidance = |nimg: usize| {
+        let text = read_text(&place.path(&format!("late/grid-{nimg:09}.png"))).unwrap();
+        serde_json::from_str::<Value>(&text[0].1).unwrap()["sampler"]["guidance"].as_f64().unwrap()
+    };
+    assert_eq!([24, 48].map(guidance), [1.0, SamplerConfig::default().guidance]);
+    // What begins after the end is not there.
+    let said = succeed(&mut place.train("never", &format!("{late} --cond-dropout-from 48 -n")));
+    assert!(said.contains("every image keeps its condition"), "{said}");
     let of = |run: &str, nimg: usize| format!("{run}/snapshot-{nimg:09}-0.100.safetensors");
     let dropout = |name: &str| Model::load(place.path(name)).unwrap().meta.cond_dropout;
     assert_eq!(
@@ -848,11 +876,16 @@ fn fine_tuning_names_the_parameters_that_start_afresh() {
     }
 }
 
+/// The JSON that a process printed before it said anything else.
+fn first_json(said: &str) -> Value {
+    serde_json::Deserializer::from_str(said).into_iter().next().expect("JSON").unwrap()
+}
+
 #[test]
 fn a_dry_run_says_everything_and_writes_nothing() {
     let place = Place::new();
     let said = succeed(&mut place.train("run", "--duration 1.5k --batch 32 --batch-gpu 4 -n"));
-    let json: Value = serde_json::from_str(&said).unwrap();
+    let json = first_json(&said);
     let (_, table) = edm2k::model::Precond::new(&settings(&place.open("data", Split::Train)).config).unwrap();
     assert_eq!(json["parameters"], table.trained_values());
     assert_eq!(json["settings"]["duration"], 1500);
@@ -865,24 +898,33 @@ fn a_dry_run_says_everything_and_writes_nothing() {
         .arg(place.path("data"))
         .arg("--config")
         .arg(place.path("config.json"));
-    let without: Value = serde_json::from_str(&succeed(&mut nowhere)).unwrap();
+    let without = first_json(&succeed(&mut nowhere));
     assert_eq!(without["parameters"], json["parameters"]);
 
     let recipe = "--preset 1girl-xs --cond-dropout 0.05 --cond-dropout-from 9M -n";
-    let json: Value = serde_json::from_str(&succeed(&mut place.train("run", recipe))).unwrap();
+    let json = first_json(&succeed(&mut place.train("run", recipe)));
     let expected = json!({"batch": 2000, "lr": 0.012, "schedule": "linear", "rampup": 0, "duration": 11_000_000,
         "cond_dropout": 0.05, "cond_dropout_from": 9_000_000, "ema": [0.05, 0.1], "p_mean": -0.4, "p_std": 1.0});
     for (name, value) in expected.as_object().unwrap() {
         assert_eq!(&json["settings"][name], value, "{name}");
+    }
+    // Of the loop that only Hopper has, the plan is an H100's, if these kernels are here.
+    let plan =
+        first_json(&succeed(&mut place.train("run", &format!("{recipe} --conv-loop wgmma"))))["on_a_gpu"].clone();
+    assert_eq!(plan["total_bytes"].is_u64(), cfg!(feature = "emulator"), "{plan}");
+    // A restart goes on from nothing.
+    succeed(&mut place.train("there", "--duration 8 --batch 8 --grid 0 --validate 0 --snapshot 0"));
+    for (options, from) in [("", true), ("--restart", false)] {
+        let json = first_json(&succeed(&mut place.train("there", &format!("--duration 16 --batch 8 -n {options}"))));
+        assert_eq!(json["resumes_from"].is_string(), from, "{options}");
     }
 }
 
 #[test]
 fn grids_take_a_hundredth_of_the_operations_at_most() {
     let place = Place::new();
-    let dry = |options: &str| -> Value {
-        serde_json::from_str(&succeed(&mut place.train("run", &format!("--batch 8 -n {options}")))).unwrap()
-    };
+    let dry =
+        |options: &str| -> Value { first_json(&succeed(&mut place.train("run", &format!("--batch 8 -n {options}")))) };
     let interval = |options: &str| dry(options)["execution"]["grid"].as_u64().unwrap();
     assert_eq!(interval("--duration 1M"), 20_000);
     // 24 samples of 16 steps; an image costs three passes in training, and guidance takes two in sampling.
@@ -942,6 +984,10 @@ fn a_run_that_diverges_stops_with_advice_and_keeps_its_last_good_checkpoint() {
         assert!(said.contains("the run has diverged after") && said.contains("lower lr (it was 1e38)"), "{said}");
         assert!(checkpoints(&place.path("ruined")).is_empty(), "{said}");
     }
+    // Weights that are finite, but too large for a snapshot, are no better.
+    let options = "--duration 16 --batch 8 --lr 1e30 --rampup 0 --snapshot 8 --checkpoint 0 --grid 0 --validate 0";
+    let said = fail(&mut place.train("large", options));
+    assert!(said.contains("the run has diverged after 8") && said.contains("lower lr (it was 1e30)"), "{said}");
     // The first step of a ramp moves nothing: that checkpoint is good.
     let options = "--duration 640 --batch 8 --lr 1e38 --rampup 600 --status 8 --checkpoint 8 --snapshot 0 --grid 0 \
                    --validate 0 --keep 1";
@@ -1471,6 +1517,15 @@ fn what_a_run_started_from_is_recognised_by_its_content_and_not_needed_to_go_on(
     fs::remove_file(&there).unwrap();
     let said = succeed(&mut go_on("--init start.safetensors", 40));
     assert!(said.contains("resuming from") && !said.contains("starts afresh"), "{said}");
+    assert!(
+        said.contains("--init start.safetensors is not there; the run, which has begun, does not need it"),
+        "{said}"
+    );
+    // To begin anew it does.
+    let before = fs::read(place.newest("run")).unwrap();
+    let said = fail(&mut go_on("--init start.safetensors --restart", 40));
+    assert!(said.contains("cannot start from --init: start.safetensors"), "{said}");
+    assert!(before == fs::read(place.newest("run")).unwrap(), "nothing is set aside");
     succeed(&mut go_on("", 48));
     // It is remembered all the same.
     save("start.safetensors", 2);

@@ -86,6 +86,10 @@ fn column_rms<T: Real>(w: &[T], cols: usize) -> Vec<T> {
 /// Factor of a column of this rms after `rounds` normalisations, and its rms then.
 fn normalized<T: Real>(mut rms: T, rounds: usize) -> (T, T) {
     let mut factor = T::one();
+    // A row of zeros stays one; the product of many 1 / NORM_EPS would be infinite.
+    if rms == T::zero() {
+        return (factor, rms);
+    }
     for _ in 0..rounds {
         let f = T::one() / (T::of(NORM_EPS) + rms);
         factor *= f;
@@ -360,4 +364,18 @@ fn scale_columns<T: Real>(to: &mut [T], from: &[T], factors: &[T]) {
             to[i] = from[i] * factors[i];
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_of_zeros_stays_one_however_often_it_is_normalised() {
+        for rounds in [1, 9, 10, 100] {
+            assert_eq!(normalized(0.0_f32, rounds), (1.0, 0.0));
+            let (factor, rms) = normalized(3.0_f32, rounds);
+            assert!((factor * 3.0 - rms).abs() < 1e-6 && (rms - 1.0).abs() < 1e-3, "{factor} {rms}");
+        }
+    }
 }

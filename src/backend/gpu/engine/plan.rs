@@ -14,8 +14,8 @@
 use super::super::runtime::Graph;
 use super::*;
 
-/// Most plans that are kept besides those of training: the ones that were used last. Each number of steps is a plan,
-/// and a server is asked for ever new ones.
+/// Most plans that are kept: the ones that were used last. Each number of steps is a plan, and a server is asked for ever
+/// new ones. In training each number of images of each size is one.
 const MOST_PLANS: usize = 64;
 
 /// What a plan costs.
@@ -100,30 +100,49 @@ impl<P> Gpu<P> {
             return body(self, inputs, done);
         }
         self.check().map_err(BackendError::from)?;
+        // All memory is asked for before anything is added to gradients: a caller that has too little may then try again
+        // with fewer images.
+        let results = match self.make_ready(key, inputs, body)? {
+            // What other plans hold may be what is missing.
+            Err(why) if why.is_out_of_memory() && !self.plans.is_empty() => {
+                self.forget_plans()?;
+                self.make_ready(key, inputs, body)??
+            }
+            made => made?,
+        };
+        Ok(self.replay_last(inputs, &results, done).map(|()| results).map_err(BackendError::from)?)
+    }
+
+    /// Has the plan that suits as the last one, and memory for its results. The body's error comes first, then the device's.
+    fn make_ready<E: From<BackendError>>(
+        &mut self,
+        key: &dyn PlanKey,
+        inputs: &[Tensor],
+        body: &mut Pass<Self, E>,
+    ) -> Result<Result<Vec<Tensor>, BackendError>, E> {
         let known = self.plans.iter().position(|plan| plan.suits(key, inputs));
         let plan = match known {
             Some(place) => self.plans.remove(place),
-            None => self.record(key, inputs, body)?,
+            None => match self.record(key, inputs, body)? {
+                Ok(plan) => plan,
+                Err(why) => return Ok(Err(why)),
+            },
         };
-        let others: Vec<usize> = (0..self.plans.len()).filter(|&place| !self.plans[place].accumulates).collect();
-        if others.len() >= MOST_PLANS {
-            self.plans.remove(others[0]);
-        }
-        self.plans.push(plan);
-        Ok(self.replay_last(inputs, done).map_err(BackendError::from)?)
-    }
-
-    fn replay_last(&mut self, inputs: &[Tensor], done: &mut Done<Self>) -> Result<Vec<Tensor>, DeviceError> {
-        let place = self.plans.len() - 1;
-        let plan = &self.plans[place];
-        // Ask for all memory before anything is added to gradients: a caller that has too little may then try again
-        // with fewer images.
         let result = |&(_, shape, format): &(DevicePtr, Shape, Format)| {
             let memory = self.runtime.allocate(bytes_of(shape, format), "results")?;
             Ok(Tensor::new(shape, format, None, Buffer::Own(memory)))
         };
-        let results = plan.outputs.iter().map(result).collect::<Result<Vec<_>, DeviceError>>()?;
-        if plan.accumulates {
+        let results = plan.outputs.iter().map(result).collect::<Result<Vec<_>, DeviceError>>();
+        if self.plans.len() >= MOST_PLANS {
+            self.plans.remove(0);
+        }
+        self.plans.push(plan);
+        Ok(results.map_err(BackendError::from))
+    }
+
+    fn replay_last(&mut self, inputs: &[Tensor], results: &[Tensor], done: &mut Done<Self>) -> Result<(), DeviceError> {
+        let place = self.plans.len() - 1;
+        if self.plans[place].accumulates {
             self.accumulating();
             self.check()?;
         }
@@ -143,12 +162,14 @@ impl<P> Gpu<P> {
             // SAFETY: the plan's workspace holds as many bytes there.
             unsafe { self.runtime.run(&Command::Copy { from, to: to.ptr(), bytes: to.bytes() })? };
         }
-        Ok(results)
+        Ok(())
     }
 
-    /// Allocates device memory; an error is of the type of the plan's body.
-    fn allocate<E: From<BackendError>>(&self, bytes: usize, purpose: &'static str) -> Result<Rc<dyn Memory>, E> {
-        Ok(self.runtime.allocate(bytes, purpose).map_err(BackendError::from)?)
+    /// Gives back the memory of all plans, and their workspace.
+    fn forget_plans(&mut self) -> Result<(), BackendError> {
+        self.plans.clear();
+        self.workspace = None;
+        Ok(self.runtime.give_back()?)
     }
 
     fn record<E: From<BackendError>>(
@@ -156,7 +177,7 @@ impl<P> Gpu<P> {
         key: &dyn PlanKey,
         inputs: &[Tensor],
         body: &mut Pass<Self, E>,
-    ) -> Result<Plan, E> {
+    ) -> Result<Result<Plan, BackendError>, E> {
         // Any address will do until the size is known.
         let nowhere = DevicePtr(1 << 40);
         let (first, ..) = self.trace(nowhere, HashMap::new(), inputs, body)?;
@@ -165,13 +186,26 @@ impl<P> Gpu<P> {
         let bytes = measured.workspace.peak();
         if self.workspace.as_ref().is_none_or(|w| w.bytes() < bytes) {
             // The other plans lie in the old workspace.
-            self.plans.clear();
-            self.workspace = None;
-            self.runtime.give_back().map_err(BackendError::from)?;
-            self.workspace = Some(self.allocate::<E>(bytes, "activations")?);
+            self.forget_plans()?;
+            match self.runtime.allocate(bytes, "activations") {
+                Ok(memory) => self.workspace = Some(memory),
+                Err(why) => return Ok(Err(why.into())),
+            }
         }
         let base = self.workspace.as_ref().map_or(nowhere, |w| w.ptr());
         let (recording, inputs, made) = self.trace(base, known, inputs, body)?;
+        Ok(self.instantiate(key, recording, inputs, &made, bytes))
+    }
+
+    /// Makes the graphs of what was recorded in a workspace of so many bytes.
+    fn instantiate(
+        &self,
+        key: &dyn PlanKey,
+        recording: Recording,
+        inputs: Vec<Tensor>,
+        made: &[Tensor],
+        bytes: usize,
+    ) -> Result<Plan, BackendError> {
         let outputs = made.iter().map(|t| (t.ptr(), t.shape(), t.format())).collect();
         let Recording { operations, accumulates, constants, done, .. } = recording;
         let commands = |operations: &[(Operation, Vec<Command>)]| -> Vec<Command> {
@@ -193,7 +227,7 @@ impl<P> Gpu<P> {
             let overlap = !accumulates;
             // SAFETY: the operations pass buffers of the sizes that the launches' makers ask for, all of them in the
             // workspace, the parameters or memory that the plan keeps.
-            let graph = unsafe { self.runtime.record(commands, overlap) }.map_err(BackendError::from)?;
+            let graph = unsafe { self.runtime.record(commands, overlap) }?;
             parts.push(Segment { graph, done });
         }
         Ok(Plan { key: key.boxed(), inputs, outputs, _constants: constants, parts, operations, cost, accumulates })
