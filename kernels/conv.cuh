@@ -16,8 +16,8 @@
 //     address is one offset of the row plus one number of the step, and whether the neighbour is inside is one bit of a
 //     mask of the row.
 //   * All taps of 64 channels follow each other. The three of a row read almost the same pixels, BM + 2 rows of 128 bytes,
-//     which L1 keeps beside the stages: 28 KB on a GeForce card. Then L2, which gives an RTX 4090 some 13 bytes a cycle and
-//     multiprocessor, has to bring 10.7 instead of 16 where sums are f16 (128x128: 2,048 cycles a step).
+//     which L1 keeps beside the stages: it has 28 KB on a GeForce card. So L2 brings 21 KB a step (128x128) instead of 32: 10.7
+//     instead of 16 bytes a cycle of each multiprocessor where sums are f16, and a step takes 2,048 cycles.
 //   * 64 values are 128 bytes: the swizzle against bank conflicts is one xor, known before the loop.
 //   * Taps and channels are counted once for the block, in uniform registers.
 //

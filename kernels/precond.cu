@@ -1,6 +1,5 @@
-// What comes before and after the U-Net: noise, preconditioning, the loss and its gradients, logvar.
+// What comes before and after the U-Net: preconditioning, the loss and its gradients, logvar.
 //
-//     noise            noisy = clean + sigma n, n from Philox, the same bits as src/rng.rs
 //     precond_input    [c_in x, 1, 0 ...],  c_in = 1 / sqrt(sigma_data^2 + sigma^2)        (EDM eq. 7)
 //     precond_output   D = c_skip x + c_out gain raw,  c_skip = sigma_data^2 / s2, c_out = sigma sigma_data / sqrt(s2),
 //                      s2 = sigma^2 + sigma_data^2
@@ -11,96 +10,11 @@
 //     logvar           weight . sqrt(2) cos(ln(sigma)/4 freqs + phases)
 //
 // Layout: images x, clean, noisy, D are f32 [n, h, w, c], what the U-Net reads and writes is 16 bits with c
-// padded to a multiple of 8; a thread has a pixel (noise: 4 values, one Philox block). Sums are in a fixed
-// order: partial sums of 256 pixels, then a second kernel of one block.
+// padded to a multiple of 8; a thread has a pixel. Sums are in a fixed order: partial sums of 256 pixels, then a second kernel
+// of one block.
 //
-// Bytes a pixel of 4 channels: noise 16 + 16; input 16 + 16; output 16 + 8 + 16; loss 16 + 16 + 8 + 16.
+// Bytes a pixel of 4 channels: input 16 + 16; output 16 + 8 + 16; loss 16 + 16 + 8 + 16.
 #include "math.cuh"
-
-// A float whose operations round once each and are never fused, as on the CPU.
-struct Exact {
-    float v;
-    __device__ __forceinline__ Exact(float v) : v(v) {}
-};
-__device__ __forceinline__ Exact operator+(Exact a, Exact b) { return __fadd_rn(a.v, b.v); }
-__device__ __forceinline__ Exact operator-(Exact a, Exact b) { return __fsub_rn(a.v, b.v); }
-__device__ __forceinline__ Exact operator*(Exact a, Exact b) { return __fmul_rn(a.v, b.v); }
-__device__ __forceinline__ Exact operator/(Exact a, Exact b) { return __fdiv_rn(a.v, b.v); }
-
-// `ln`, `sin_cos_turns` and `normal_pair` of src/rng.rs, operation by operation.
-__device__ __forceinline__ Exact exact_ln(float u) {
-    const unsigned shifted = __float_as_uint(u) - 0x3f3504f3u;
-    const Exact e = float(int(shifted) >> 23), m = __uint_as_float((shifted & 0x007fffffu) + 0x3f3504f3u);
-    const Exact s = (m - 1.0f) / (m + 1.0f), z = s * s;
-    const Exact p = (((z * (1.0f / 9.0f) + 1.0f / 7.0f) * z + 1.0f / 5.0f) * z + 1.0f / 3.0f) * z;
-    const Exact tail = s * 2.0f * p + e * 1.4286068e-6f;
-    return (s * 2.0f + tail) + e * 0.69314575f;
-}
-
-__device__ __forceinline__ void normal_pair(unsigned a, unsigned b, float& first, float& second) {
-    const Exact u = Exact(float((a >> 8) + 1)) * (1.0f / 16777216.0f);
-    const Exact radius = __fsqrt_rn((Exact(-2.0f) * exact_ln(u.v)).v);
-    const unsigned turn = b >> 8, quarter = (turn + (1u << 21)) >> 22;
-    const Exact rest = Exact(float(int(turn) - int(quarter << 22))) * (6.28318530717958647692f / 16777216.0f);
-    const Exact z = rest * rest;
-    const Exact sin = rest + rest * (z * (((z * 2.7557319e-6f - 1.984127e-4f) * z + 8.333334e-3f) * z - 0.16666667f));
-    const Exact cos = Exact(1.0f) + z * (((z * 2.4801587e-5f - 1.3888889e-3f) * z + 4.1666668e-2f) * z - 0.5f);
-    const bool swapped = quarter & 1;
-    const float c = swapped ? sin.v : cos.v, s = swapped ? cos.v : sin.v;
-    first = (radius * ((quarter + 1) & 2 ? -c : c)).v;
-    second = (radius * (quarter & 2 ? -s : s)).v;
-}
-
-struct NoiseStream {
-    unsigned long long seed, image;
-};
-
-struct Noise {
-    const float* clean;           // [n, values] or null: the noise itself
-    const float* sigma;           // [n], unless clean is null
-    const NoiseStream* streams;   // [n]
-    float* noisy;                 // [n, values]
-    int images, values;
-    unsigned tag;                 // purpose << 24 | step
-    int padding;
-};
-
-extern "C" __global__ void add_noise(Noise p) {
-    begin_kernel();
-    const int blocks = (p.values + 3) / 4, thread = blockIdx.x * blockDim.x + threadIdx.x;
-    const int image = thread / blocks, position = thread % blocks;
-    if (image >= p.images) return;
-    const NoiseStream s = p.streams[image];
-    const uint4 r = philox4x32_10(make_uint4(position, unsigned(s.image), unsigned(s.image >> 32), p.tag),
-                                  unsigned(s.seed), unsigned(s.seed >> 32));
-    float x[4];
-    normal_pair(r.x, r.y, x[0], x[1]);
-    normal_pair(r.z, r.w, x[2], x[3]);
-
-    const size_t first = size_t(image) * p.values + 4 * position;
-    const bool whole = p.values % 4 == 0;
-    if (p.clean != nullptr) {
-        float clean[4] = {};
-        if (whole) {
-            read4(p.clean + first, clean);
-        } else {
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                if (4 * position + j < p.values) clean[j] = p.clean[first + j];
-        }
-        const Exact sigma = p.sigma[image];
-#pragma unroll
-        for (int j = 0; j < 4; j++) x[j] = (Exact(clean[j]) + sigma * x[j]).v;
-    }
-    if (whole) {
-        write4(p.noisy + first, x);
-    } else {
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            if (4 * position + j < p.values) p.noisy[first + j] = x[j];
-    }
-}
-KERNEL_EXPORT(add_noise);
 
 struct PrecondInput {
     const float* x;      // [x_pixels, c]: of all images, or of those that are taken in turn

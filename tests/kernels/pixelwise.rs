@@ -13,7 +13,7 @@ use bytemuck::Zeroable;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::launch::DevicePtr;
 use edm2k::backend::gpu::structs::{
-    self, Dropout, Elementwise, LogvarBackward, LossParams, Noise, NoiseStream, PixelNorm, PixelNormBackward,
+    self, Dropout, Elementwise, LogvarBackward, LossParams, PixelNorm, PixelNormBackward,
     PrecondInput, PrecondOutput, StepScalars, StepTotals, Upsample, WeightEffective, WeightRow, WeightStep, WeightTurn,
 };
 use edm2k::backend::gpu::weights::{RowTable, Turned};
@@ -23,7 +23,7 @@ use edm2k::backend::{
     TrainingBackend,
 };
 use edm2k::params::{Cat, ParamId, ParamKind, ParamTable};
-use edm2k::rng::{Purpose, Stream, mask_key};
+use edm2k::rng::mask_key;
 
 /// Bound of what is f32 throughout.
 const F32: f64 = 1e-5;
@@ -531,36 +531,7 @@ fn effective_weights_of_weights_and_averages() {
     });
 }
 
-// ---- noise, preconditioning, loss ---------------------------------------------------------------------
-
-#[test]
-fn noise_has_the_bits_of_the_cpu() {
-    Bench::of(testbed::everywhere()).for_each(|d| {
-        for (images, values) in [(1, 1), (3, 7 * 5 * 3), (3, 8 * 11 * 4), (2, 2049)] {
-            let stream = |i: usize| Stream {
-                seed: 0x1234_5678_9abc_def0 + i as u64,
-                purpose: Purpose::Churn,
-                step: 0xab_cdef,
-                image: (1 << 40) + 17 * i as u64,
-            };
-            let streams: Vec<NoiseStream> = (0..images).map(|i| stream(i).into()).collect();
-            let sigmas: Vec<f32> = (0..images).map(|i| 0.3 + 7.7 * i as f32).collect();
-            let clean = normals(images * values, 90, 0.5);
-            let mut noise = vec![0.0; images * values];
-            noise.chunks_mut(values).enumerate().for_each(|(i, x)| stream(i).normals(x));
-            let noisy: Vec<f32> = (0..images * values).map(|i| clean[i] + sigmas[i / values] * noise[i]).collect();
-
-            let [streams, sigma, clean] = [d.upload(&streams), d.upload(&sigmas), d.upload(&clean)];
-            for (clean, sigma, want) in [(clean.ptr(), sigma.ptr(), noisy), (DevicePtr::NULL, DevicePtr::NULL, noise)] {
-                let out = d.upload(&vec![f32::NAN; images * values]);
-                let memory = Noise { clean, sigma, streams: streams.ptr(), noisy: out.ptr(), ..Zeroable::zeroed() };
-                d.run([&precond::add_noise(images, values, Purpose::Churn, 0xab_cdef, memory)]);
-                let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-                assert_eq!(bits(&read(&out)), bits(&want), "{images} images of {values}, {}", d.name);
-            }
-        }
-    });
-}
+// ---- preconditioning, loss ---------------------------------------------------------------------
 
 /// Values with `c` channels as the U-Net writes them: padded to a multiple of 8, here with numbers that
 /// must not matter.

@@ -1,30 +1,14 @@
-//! Launches of `kernels/precond.cu`: noise, preconditioning, the loss and its gradients, logvar.
+//! Launches of `kernels/precond.cu`: preconditioning, the loss and its gradients, logvar.
 //!
 //! Images are f32 `[n, height, width, channels]`; what the U-Net reads and writes is 16 bits, with the
 //! channels padded to a multiple of 8.
 
 use super::launch::{Launch, Precision, int};
-use super::structs::{Logvar, LogvarBackward, LossParams, Noise, NoiseStream, PrecondInput, PrecondOutput};
+use super::structs::{Logvar, LogvarBackward, LossParams, PrecondInput, PrecondOutput};
 use super::tables::precond::LOSS_PIXELS;
 use crate::backend::Shape;
-use crate::rng::{Purpose, Stream};
 
 const BLOCK: usize = 256;
-
-impl From<Stream> for NoiseStream {
-    fn from(s: Stream) -> Self {
-        Self { seed: s.seed, image: s.image }
-    }
-}
-
-/// `noisy` = clean + sigma noise for `images` images of `values` each: the bits of [`Stream::normals`] for each of the
-/// `streams` ([`NoiseStream`]s). With `clean` and `sigma` null it is the noise itself. (Training draws its noise on the
-/// host, ahead of the device.)
-pub fn add_noise(images: usize, values: usize, purpose: Purpose, step: u32, memory: Noise) -> Launch {
-    let tag = ((purpose as u32) << 24) | (step & 0xff_ffff);
-    let params = Noise { images: int(images), values: int(values), tag, ..memory };
-    Launch::over("add_noise", images * values.div_ceil(4), BLOCK, &params)
-}
 
 /// `out` = [c_in x, 1, 0 ...], c + 1 channels padded to a multiple of 8. `shape` is that of x, but with as many images
 /// as there are noise levels; the `x_images` images of x are taken in turn.
