@@ -3,7 +3,7 @@
 //! Their networks are ordinary ones: convolutions with biases, group norms, SiLU or ReLU. So their
 //! weights are used as stored; a device holds them in whatever layout its convolution reads.
 
-use super::{Backend, BackendError};
+use super::{Backend, BackendError, Shape};
 
 /// Where a convolution reads, and how large its result is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +24,53 @@ impl Reach {
     /// Taps of the kernel in each direction.
     pub fn side(self) -> usize {
         if self == Self::Point { 1 } else { 3 }
+    }
+
+    /// That of a kernel of 9 or 1 taps which keeps the size.
+    pub fn of_taps(taps: usize) -> Self {
+        if taps == 1 { Self::Point } else { Self::Same }
+    }
+
+    /// How it is computed.
+    pub fn window(self) -> Window {
+        let window = |side, stride, scale, before| Window { side, stride, scale, before };
+        match self {
+            Self::Point => window(1, 1, 1, 0),
+            Self::Same => window(3, 1, 1, 1),
+            Self::Double => window(2, 1, 2, 1),
+            Self::Down => window(3, 2, 1, 0),
+            Self::Halve => window(3, 2, 1, 1),
+        }
+    }
+}
+
+/// The pixels that a result sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Taps in each direction.
+    pub side: usize,
+    /// Pixels from one result to the next in each direction; height and width are multiples of it.
+    pub stride: usize,
+    /// How many results there are for one pixel in each direction; each has a kernel of its own.
+    pub scale: usize,
+    /// How many pixels above and to the left of the image the first tap of its first result lies.
+    pub before: usize,
+}
+
+impl Window {
+    /// Shape of the result: `cout` channels for an input of `shape`.
+    pub fn result(self, [n, h, w, _]: Shape, cout: usize) -> Shape {
+        [n, h / self.stride * self.scale, w / self.stride * self.scale, cout]
+    }
+
+    /// Products that a value of the result sums.
+    pub fn summands(self, cin: usize) -> usize {
+        self.side * self.side * cin
+    }
+
+    /// The tap that tap `t` of the given kernel falls on, for the results in half `p` of an enlarged pixel.
+    pub fn tap(self, t: usize, p: usize) -> usize {
+        if self.scale == 1 { t } else { (t + 1 - p) / 2 }
     }
 }
 

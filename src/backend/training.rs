@@ -70,6 +70,16 @@ pub enum Normalization {
     },
 }
 
+impl Normalization {
+    /// How often the stored weight is normalised.
+    pub fn rounds(self) -> usize {
+        match self {
+            Self::Eval => 1,
+            Self::Train { rounds } => rounds + 1,
+        }
+    }
+}
+
 /// Settings of one optimizer step.
 #[derive(Clone, Debug)]
 pub struct OptimizerStep<'a> {
@@ -87,6 +97,14 @@ pub struct OptimizerStep<'a> {
     pub rounds: usize,
     /// Decay of each moving average in this step.
     pub ema_betas: &'a [f64],
+}
+
+impl OptimizerStep<'_> {
+    /// The learning rate and the factor of the second moment's root, both with Adam's bias correction.
+    pub fn corrected(&self) -> (f64, f64) {
+        let power = |beta: f64| 1.0 - beta.powi(self.step.min(i32::MAX as u64) as i32);
+        (self.lr / power(self.betas.0), 1.0 / power(self.betas.1).sqrt())
+    }
 }
 
 /// What an optimizer step saw.

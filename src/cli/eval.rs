@@ -21,7 +21,7 @@ use edm2k::model::Model;
 use edm2k::pipeline::{Domain, check_forward, learned_from};
 use edm2k::train::DataIdentity;
 use edm2k::train::stats::{PlotError, plot};
-use edm2k::train::validation::{Found, LevelLoss, Noisy, SIGMAS, ValidationError};
+use edm2k::train::validation::{LevelLoss, Noisy, SIGMAS, ValidationError};
 use edm2k::{Backends, Work};
 
 use super::ranks::{self, Ranks};
@@ -211,14 +211,14 @@ fn losses_of(dir: &Path, part: Part) -> PathBuf {
 }
 
 /// Writes what a part has found, and with which options, data and model.
-fn keep(path: &Path, found: &[Found], given: &Value) -> Result<(), SafeError> {
+fn keep(path: &Path, found: &[LevelLoss], given: &Value) -> Result<(), SafeError> {
     let about = HashMap::from([("edm2k".to_owned(), given.to_string())]);
     safetensors::write(path, &[("losses", Dtype::F64, &[found.len(), 3], bytemuck::cast_slice(found))], &about)
 }
 
 /// What all parts of the same measurement have found; else a message that says which parts are missing, or do not
 /// belong to it.
-fn of_all_parts(dir: &Path, of: usize, noisy: &Noisy, given: &Value) -> Result<Vec<Found>, Vec<String>> {
+fn of_all_parts(dir: &Path, of: usize, noisy: &Noisy, given: &Value) -> Result<Vec<LevelLoss>, Vec<String>> {
     let (mut all, mut missing) = (Vec::new(), Vec::new());
     for number in 0..of {
         let part = Part { number, of };
@@ -233,7 +233,7 @@ fn of_all_parts(dir: &Path, of: usize, noisy: &Noisy, given: &Value) -> Result<V
             })
         };
         match SafeFile::open(&path).and_then(of_these) {
-            Ok(Ok(found)) => all.extend_from_slice(found.as_chunks().0),
+            Ok(Ok(found)) => all.extend_from_slice(bytemuck::cast_slice(&found)),
             Ok(Err(differs)) => missing.push(format!("{part} ({} is {differs})", path.display())),
             Err(_) if !path.exists() => missing.push(part.to_string()),
             Err(why) => missing.push(format!("{part} ({why})")),
@@ -252,7 +252,7 @@ struct Measuring<'a> {
 }
 
 impl Work for Measuring<'_> {
-    type Output = Result<Vec<Found>, ValidationError>;
+    type Output = Result<Vec<LevelLoss>, ValidationError>;
 
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
         let mut backend = backends.sampling(&self.model.table).map_err(BackendError::from)?;

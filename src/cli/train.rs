@@ -68,9 +68,9 @@ pub struct TrainArgs {
     /// Images per optimizer step [default: the preset's, or 128]
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     batch: Option<u64>,
-    /// Images at a time; less needs less memory [default: the preset's, or what fits into 1 GiB of
-    /// activations, on a GPU 4 GiB; of that a half, a quarter, ..., until it fits into the card's free memory]. Where memory
-    /// runs out all the same, the run goes on with half as many
+    /// Images at a time; less needs less memory [default: as before in a run that goes on, else the preset's, or what fits into
+    /// 1 GiB of activations, on a GPU 4 GiB; of that a half, a quarter, ..., until it fits into the card's free memory]. Where
+    /// memory runs out all the same, the run goes on with half as many
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     batch_gpu: Option<u64>,
     /// Reference learning rate [default: the preset's, or 0.01]
@@ -92,7 +92,7 @@ pub struct TrainArgs {
     /// Standard deviation of ln(sigma) [default: the preset's, or 1]
     #[arg(long, value_name = "STD")]
     p_std: Option<f64>,
-    /// Relative standard deviations of the moving averages of the weights
+    /// Relative standard deviations of the moving averages of the weights; on a GPU four at most
     #[arg(long, value_name = "STD,...", value_delimiter = ',', default_value = "0.05,0.10")]
     ema: Vec<f64>,
     /// Share of the images shown without their condition

@@ -99,12 +99,7 @@ impl Layers {
     /// Multiply-adds for each pixel of the result of a convolution.
     pub fn macs(&self, ConvId(id): ConvId) -> u64 {
         let ConvSpec { names, cin, cout, reach, .. } = &self.convs[id];
-        let taps = match reach {
-            Reach::Point => 1,
-            Reach::Double => 4,
-            Reach::Same | Reach::Down | Reach::Halve => 9,
-        };
-        (names.len() * cin * cout * taps) as u64
+        (names.len() * cout * reach.window().summands(*cin)) as u64
     }
 
     /// Output channels of a convolution.

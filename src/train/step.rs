@@ -8,6 +8,8 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use bytemuck::{Pod, Zeroable};
+
 use super::{Event, Run, TrainError, ema};
 use crate::backend::{BackendError, Done, Masks, OptimizerStep, Slot, TrainingBackend, Values};
 use crate::collective::{Collective, CollectiveError, share};
@@ -86,11 +88,10 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         for (per_image, weight) in losses {
             loss += weight * self.backend.download(&per_image)?.iter().map(|&x| f64::from(x)).sum::<f64>();
         }
-        let said =
-            Said { loss, grad_norm: stats.grad_norm, stop: stop.load(Ordering::Relaxed), rounds: self.own_rounds() };
-        let said = said.of_all(self.ranks)?;
+        let stop = u64::from(stop.load(Ordering::Relaxed));
+        let said = Said { loss, grad_norm: stats.grad_norm, stop, rounds: self.own_rounds() }.of_all(self.ranks)?;
         let loss: f64 = said.iter().map(|rank| rank.loss).sum();
-        self.rounds = said.iter().map(|rank| rank.rounds).max().unwrap_or(1);
+        self.rounds = Said::rounds(&said);
         self.state.nimg = end;
         if !loss.is_finite() {
             return Err(self.diverged(format!("the loss is {loss}")));
@@ -106,19 +107,19 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             sums.loss += loss / usual;
             sums.grad_norm += stats.grad_norm;
         }
-        Ok((lr, said.iter().any(|rank| rank.stop)))
+        Ok((lr, said.iter().any(|rank| rank.stop > 0)))
     }
 
     /// Micro-batches of a step on the rank with the largest share, if all took as many images at a time as this one.
-    fn own_rounds(&self) -> usize {
-        let largest = self.settings.batch.div_ceil(self.ranks.size() as u64) as usize;
-        largest.div_ceil(self.batch_gpu)
+    fn own_rounds(&self) -> u64 {
+        let largest = self.settings.batch.div_ceil(self.ranks.size() as u64);
+        largest.div_ceil(self.batch_gpu as u64)
     }
 
     /// The most that any rank has of these micro-batches.
     pub(super) fn agreed_rounds(&mut self) -> Result<usize, CollectiveError> {
-        let own = Said { loss: 0.0, grad_norm: 0.0, stop: false, rounds: self.own_rounds() };
-        Ok(own.of_all(self.ranks)?.iter().map(|rank| rank.rounds).max().unwrap_or(1))
+        let own = Said { rounds: self.own_rounds(), ..Said::zeroed() };
+        Ok(Said::rounds(&own.of_all(self.ranks)?))
     }
 
     /// Takes fewer images at a time from here on, as the device has no memory for `n`.
@@ -151,33 +152,29 @@ impl Reduction {
 }
 
 /// What a rank says after a step.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
 struct Said {
     /// Sum of its images' losses, each scaled to the number of elements of the most frequent size.
     loss: f64,
     grad_norm: f64,
-    stop: bool,
-    rounds: usize,
+    /// Whether it is to stop: not 0.
+    stop: u64,
+    rounds: u64,
 }
 
 impl Said {
+    /// The most of what ranks have said.
+    fn rounds(said: &[Self]) -> usize {
+        said.iter().map(|rank| rank.rounds).max().unwrap_or(1) as usize
+    }
+
     /// What all ranks say, in their order. The gradients were the same on all of them, so their results must be the
     /// same too. It is checked, as a rank with other results would otherwise go on unseen.
     fn of_all(&self, ranks: &mut dyn Collective) -> Result<Vec<Self>, CollectiveError> {
-        let own = [self.loss.to_bits(), self.grad_norm.to_bits(), u64::from(self.stop), self.rounds as u64];
-        let bytes: Vec<u8> = own.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let all = ranks.gather(&bytes)?;
-        let said = |said: &Vec<u8>| {
-            let [loss, grad_norm, stop, rounds] = said.as_chunks::<8>().0 else { return None };
-            let [loss, grad_norm] = [loss, grad_norm].map(|bits| f64::from_le_bytes(*bits));
-            Some(Self {
-                loss,
-                grad_norm,
-                stop: u64::from_le_bytes(*stop) > 0,
-                rounds: u64::from_le_bytes(*rounds) as usize,
-            })
-        };
-        let all: Option<Vec<Self>> = all.iter().map(said).collect();
-        let all = all.ok_or_else(|| CollectiveError::Differs("ranks are at different steps".into()))?;
+        let all = ranks.gather(bytemuck::bytes_of(self))?;
+        let all: Result<Vec<Self>, _> = all.iter().map(|said| bytemuck::try_pod_read_unaligned(said)).collect();
+        let all = all.map_err(|_| CollectiveError::Differs("ranks are at different steps".into()))?;
         let bits = all[0].grad_norm.to_bits();
         match all.iter().position(|rank| rank.grad_norm.to_bits() != bits) {
             None => Ok(all),

@@ -4,6 +4,8 @@
 //! same noisy images. Ranks, or other processes, share them, and add up the results of all in a fixed order. Cost: a
 //! forward pass for each image and level.
 
+use bytemuck::{Pod, Zeroable};
+
 use super::Settings;
 use super::batch::{self, HostBatch, Showing};
 use crate::backend::{BackendError, NetworkBackend};
@@ -33,8 +35,9 @@ pub enum ValidationError {
 /// Noise levels of `edm2k eval`, from where nothing is hidden to where everything is.
 pub const SIGMAS: [f64; 15] = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 80.0];
 
-/// Means over images and their elements, at one noise level.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+/// Of a noisy image, means over its elements; or means of these over images, at one noise level.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
 pub struct LevelLoss {
     /// What training minimises: `error` / exp(`logvar`) + `logvar` (EDM2, eq. 14).
     pub loss: f64,
@@ -70,9 +73,6 @@ pub fn loss<B: NetworkBackend>(
 /// The plan of a batch: denoised images and logvar.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Validating;
-
-/// What a noisy image gave: its loss, error and logvar.
-pub type Found = [f64; 3];
 
 /// The first images of a split, each made noisy a few times. The noise number of image i at its j-th time is k = i *
 /// draws + j.
@@ -127,7 +127,7 @@ impl<'a> Noisy<'a> {
         numbers: &[usize],
         batch: usize,
         progress: &mut dyn FnMut(u64),
-    ) -> Result<Vec<Found>, ValidationError> {
+    ) -> Result<Vec<LevelLoss>, ValidationError> {
         let Self { data, draws, .. } = *self;
         let (dim, sd2) = (net.config.label_dim, net.config.sigma_data.powi(2));
         let mut found = Vec::with_capacity(numbers.len());
@@ -157,7 +157,7 @@ impl<'a> Noisy<'a> {
                 let square = d.iter().zip(y).map(|(d, y)| f64::from(d - y).powi(2)).sum::<f64>() / numel as f64;
                 let (s2, logvar) = (f64::from(sigma[j]).powi(2), f64::from(logvar[j]));
                 let error = (s2 + sd2) / (s2 * sd2) * square;
-                found.push([error / logvar.exp() + logvar, error, logvar]);
+                found.push(LevelLoss { loss: error / logvar.exp() + logvar, error, logvar });
             }
             progress(n as u64);
         }
@@ -168,28 +168,28 @@ impl<'a> Noisy<'a> {
     ///
     /// # Errors
     /// A rank is lost, or has found another number of losses than its part has.
-    pub fn gathered(&self, found: &[Found], ranks: &mut dyn Collective) -> Result<Vec<Found>, CollectiveError> {
+    pub fn gathered(&self, found: &[LevelLoss], ranks: &mut dyn Collective) -> Result<Vec<LevelLoss>, CollectiveError> {
         let mut all = Vec::with_capacity(self.order.len());
         for (rank, said) in ranks.gather(bytemuck::cast_slice(found))?.iter().enumerate() {
-            let expected = self.of(Part { number: rank, of: ranks.size() }).len() * size_of::<Found>();
+            let expected = self.of(Part { number: rank, of: ranks.size() }).len() * size_of::<LevelLoss>();
             if said.len() != expected {
                 let what = format!("rank {rank} sends {} bytes of losses, expected {expected}", said.len());
                 return Err(CollectiveError::Differs(what));
             }
-            all.extend(bytemuck::pod_collect_to_vec::<u8, Found>(said));
+            all.extend(bytemuck::pod_collect_to_vec::<u8, LevelLoss>(said));
         }
         Ok(all)
     }
 
     /// Means over the images for each time that they were shown, of what all parts have found, one part after the other.
-    pub fn means(&self, found: &[Found]) -> Vec<LevelLoss> {
+    pub fn means(&self, found: &[LevelLoss]) -> Vec<LevelLoss> {
         let mut sums = vec![LevelLoss::default(); self.draws];
         // They are added in one order, whichever process has measured them.
-        for (k, [loss, error, logvar]) in self.order.iter().zip(found) {
+        for (k, found) in self.order.iter().zip(found) {
             let sum = &mut sums[k % self.draws];
-            sum.loss += loss;
-            sum.error += error;
-            sum.logvar += logvar;
+            sum.loss += found.loss;
+            sum.error += found.error;
+            sum.logvar += found.logvar;
         }
         let mean = |sum: f64| sum / (self.order.len() / self.draws) as f64;
         sums.iter().map(|s| LevelLoss { loss: mean(s.loss), error: mean(s.error), logvar: mean(s.logvar) }).collect()

@@ -13,8 +13,8 @@ use bytemuck::Zeroable;
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::launch::DevicePtr;
 use edm2k::backend::gpu::structs::{
-    self, Dropout, Elementwise, LogvarBackward, LossParams, PixelNorm, PixelNormBackward,
-    PrecondInput, PrecondOutput, StepScalars, StepTotals, Upsample, WeightEffective, WeightRow, WeightStep, WeightTurn,
+    self, Dropout, Elementwise, LogvarBackward, LossParams, PixelNorm, PixelNormBackward, PrecondInput, PrecondOutput,
+    StepScalars, StepTotals, Upsample, WeightEffective, WeightRow, WeightStep, WeightTurn,
 };
 use edm2k::backend::gpu::weights::{RowTable, Turned};
 use edm2k::backend::gpu::{pixelwise, precond, weights};

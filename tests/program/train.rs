@@ -795,7 +795,7 @@ fn a_model_that_always_saw_conditions_is_drawn_from_without_guidance() {
     let said = succeed(&mut place.train("always", options));
     assert!(said.contains("every image keeps its condition"), "{said}");
     // Its later half is shown without conditions at times.
-    let late = format!("--duration 48 --batch 8 --snapshot 24 --grid 24 --validate 0 --ema 0.1 --cond-dropout 0.5");
+    let late = "--duration 48 --batch 8 --snapshot 24 --grid 24 --validate 0 --ema 0.1 --cond-dropout 0.5";
     let said = succeed(&mut place.train("late", &format!("{late} --cond-dropout-from 24")));
     assert!(!said.contains("every image keeps its condition"), "{said}");
     let guidance = |nimg: usize| {

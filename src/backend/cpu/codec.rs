@@ -2,10 +2,10 @@
 
 use super::attention::softmax;
 use super::bf16::Packed;
-use super::conv::{self, Filter, ImageRows, Window};
+use super::conv::{self, Filter, ImageRows};
 use super::tensor::Tensor;
 use super::{Cpu, copy_row};
-use crate::backend::codec::{After, Before, CodecBackend, Reach};
+use crate::backend::codec::{After, Before, CodecBackend, Reach, Window};
 use crate::real::{Dst, Mat, Real, Threads, for_rows, matmul, simd};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -64,13 +64,7 @@ impl<T: Real> CodecBackend for Cpu<T, ()> {
             let (tap, ci) = (row / cin, row % cin);
             to.iter_mut().enumerate().for_each(|(co, x)| *x = T::of(weight[(co * cin + ci) * taps + tap].into()));
         });
-        let window = match reach {
-            Reach::Point => Window::POINT,
-            Reach::Same => Window::SAME,
-            Reach::Double => Window::DOUBLE,
-            Reach::Down => Window::DOWN,
-            Reach::Halve => Window::HALVE,
-        };
+        let window = reach.window();
         let weight = if reach == Reach::Double { conv::enlarging(&turned) } else { turned };
         let bias = bias.map_or(vec![T::zero(); cout], |bias| bias.iter().map(|&x| T::of(x.into())).collect());
         let packed = self.bf16.then(|| Filter::new(&weight, cout, window).pack()).flatten();

@@ -22,6 +22,7 @@
 use super::bf16::{self, Packed};
 use super::tensor::{Pool, Tensor};
 use crate::backend::Shape;
+use crate::backend::codec::{Reach, Window};
 use crate::real::{Dst, Mat, Real, Threads, matmul, simd};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -38,42 +39,10 @@ pub struct ImageRows<'a, T> {
     pub read: &'a (dyn Fn(usize, &mut [T]) + Sync),
 }
 
-/// Which pixels a result sees.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Window {
-    /// Taps in each direction.
-    side: usize,
-    /// Pixels from one result to the next in each direction; height and width are multiples of it.
-    stride: usize,
-    /// How many results there are for one pixel in each direction; each has a kernel of its own.
-    scale: usize,
-    /// How many pixels above and to the left of the image the first tap of its first result lies.
-    before: usize,
-    /// Zero pixels between two rows, and zero rows between two images.
-    gap: usize,
-}
-
-impl Window {
-    /// 1x1.
-    pub const POINT: Self = Self { side: 1, stride: 1, scale: 1, before: 0, gap: 0 };
-    /// 3x3, zeros around the image.
-    pub const SAME: Self = Self { side: 3, stride: 1, scale: 1, before: 1, gap: 1 };
-    /// 3x3 for every second pixel in every second row, zeros right and below.
-    pub const DOWN: Self = Self { side: 3, stride: 2, scale: 1, before: 0, gap: 2 };
-    /// 3x3 for every second pixel in every second row, zeros left and above.
-    pub const HALVE: Self = Self { side: 3, stride: 2, scale: 1, before: 1, gap: 2 };
-    /// 3x3 on the image enlarged by two: the kernels of [`enlarging`].
-    pub const DOUBLE: Self = Self { side: 2, stride: 1, scale: 2, before: 1, gap: 1 };
-
-    /// The window of a kernel of 9 or 1 taps without stride.
-    pub fn of_taps(taps: usize) -> Self {
-        if taps == 1 { Self::POINT } else { Self::SAME }
-    }
-
-    /// Shape of the result: `cout` channels for an input of `shape`.
-    pub fn result(self, [n, h, w, _]: Shape, cout: usize) -> Shape {
-        [n, h / self.stride * self.scale, w / self.stride * self.scale, cout]
-    }
+/// Zero pixels between two rows of a band, and zero rows between two of its images.
+fn gap(window: Window) -> usize {
+    let Window { side, stride, before, .. } = window;
+    before.max(side - 1 - before).next_multiple_of(stride)
 }
 
 /// A kernel, its results, and where it is applied.
@@ -108,7 +77,7 @@ impl<'a, T: Real> Filter<'a, T> {
 /// The rows that results `first..first + count` see, with the zero pixels and rows around them, and zero pixels for
 /// one more result after all of them.
 ///
-/// Rows of results are counted over the whole batch. Those of [`Window::DOUBLE`] are counted in rows of the small
+/// Rows of results are counted over the whole batch. Those of [`Reach::Double`] are counted in rows of the small
 /// image.
 struct Band<T: Real> {
     data: Tensor<T>,
@@ -128,7 +97,7 @@ struct Band<T: Real> {
 impl<T: Real> Band<T> {
     /// The row that the first tap of results row `row` reads, counted over the batch with the zero rows between images.
     fn top(&self, row: usize) -> usize {
-        let Window { stride, gap, .. } = self.window;
+        let (stride, gap) = (self.window.stride, gap(self.window));
         let rows = self.height / stride;
         row / rows * (self.height + gap) + row % rows * stride
     }
@@ -146,7 +115,7 @@ impl<T: Real> Band<T> {
 
     fn new(pool: &Arc<Pool<T>>, rows: &ImageRows<T>, window: Window, first: usize, count: usize) -> Self {
         let [n, height, w, channels] = rows.shape;
-        let Window { side, stride, scale, before, gap } = window;
+        let (Window { side, stride, scale, before }, gap) = (window, gap(window));
         let (data, pitch) = (Tensor::uninit(pool, [0; 4]), w + gap);
         let mut band = Self { data, window, channels, pitch, height, first, odd: 0 };
         let top = band.top(first);
@@ -266,11 +235,10 @@ pub fn conv<T: Real>(
 pub fn enlarging<T: Real>(weight: &[T]) -> Vec<T> {
     let tap = weight.len() / 9;
     let mut out = vec![T::zero(); 16 * tap];
+    let window = Reach::Double.window();
     for (i, from) in weight.chunks_exact(tap).enumerate() {
         for phase in 0..4 {
-            // In half p of an enlarged pixel, tap t falls on pixel (t + 1 - p) div 2 of the window.
-            let place = |t: usize, p: usize| (t + 1 - p) / 2;
-            let at = phase * 4 + place(i / 3, phase / 2) * 2 + place(i % 3, phase % 2);
+            let at = phase * 4 + window.tap(i / 3, phase / 2) * 2 + window.tap(i % 3, phase % 2);
             out[at * tap..][..tap].iter_mut().zip(from).for_each(|(o, &w)| *o += w);
         }
     }
@@ -296,7 +264,7 @@ pub fn wgrad<T: Real>(
 ) {
     let [n, h, w, c] = rows.shape;
     let cout = grad.shape[3];
-    let (total, window) = (n * h, Window::of_taps(taps));
+    let (total, window) = (n * h, Reach::of_taps(taps).window());
     let height = (BAND_PIXELS / w).max(1);
     let parts = (total.div_ceil(height)).min(PARTIAL_BYTES / size_of_val(out).max(1)).clamp(1, 16);
 
@@ -385,7 +353,7 @@ mod tests {
                         |row: usize, dst: &mut [f32]| dst.copy_from_slice(&noise(w * c, (first * h + row) as u64));
                     let rows = ImageRows { shape: [n, h, w, c], read: &rows };
                     let mut out = vec![0.0; n * h * w * cout];
-                    let mut filter = Filter::new(&weight, cout, Window::of_taps(taps));
+                    let mut filter = Filter::new(&weight, cout, Reach::of_taps(taps).window());
                     let packed = filter.pack().filter(|_| narrow);
                     filter.packed = packed.as_ref();
                     conv(&pool, rows, filter, &mut out, |_, y, out| out.copy_from_slice(y));

@@ -13,10 +13,11 @@ mod training;
 mod weights;
 
 use super::*;
+use crate::backend::codec::Reach;
 use crate::params::{ParamId, ParamTable, Portions, mp_sum_weights};
 use crate::real::{Dst, Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu};
 use crate::rng::dropped;
-use conv::{Filter, ImageRows, Window};
+use conv::{Filter, ImageRows};
 use rayon::prelude::*;
 use std::ops::{Index, IndexMut};
 use std::sync::Arc;
@@ -169,7 +170,7 @@ impl<T: Real> Cpu<T> {
         let read = |row: usize, dst: &mut [T]| read_operand(&x, row, dst);
         let rows = ImageRows { shape: operand_shape(&x), read: &read };
         let packed = self.bf16.then(|| param.packed()).flatten();
-        let filter = Filter { packed, ..Filter::new(param.effective(), cout, Window::of_taps(taps)) };
+        let filter = Filter { packed, ..Filter::new(param.effective(), cout, Reach::of_taps(taps).window()) };
         conv::conv(&self.pool, rows, filter, out, done);
     }
 
@@ -180,7 +181,7 @@ impl<T: Real> Cpu<T> {
         let weight = conv::transpose(&self.pool, param.effective(), taps, cin, cout);
         let read = |row: usize, dst: &mut [T]| copy_row(grad, row, dst);
         let rows = ImageRows { shape: grad.shape(), read: &read };
-        let filter = Filter::new(weight.values(), cin, Window::of_taps(taps));
+        let filter = Filter::new(weight.values(), cin, Reach::of_taps(taps).window());
         conv::conv(&self.pool, rows, filter, out, done);
     }
 }

@@ -12,7 +12,8 @@
 //! gradient, and the effective weight: about 4 * (9 + 2 averages) bytes a value.
 
 use super::bf16::Packed;
-use super::conv::{Filter, Window};
+use super::conv::Filter;
+use crate::backend::codec::Reach;
 use crate::backend::{BackendError, Normalization, OptimizerStep, Slot, StepStats, Values};
 use crate::params::{ParamKind, ParamSpec};
 use crate::real::{NORM_EPS, Real, for_rows, simd};
@@ -125,7 +126,7 @@ impl<T: Real> Param<T> {
     /// The effective weight of a convolution for products in bfloat16, if [it can be packed](Filter::pack).
     pub fn packed(&self) -> Option<&Packed> {
         let (cout, _, taps) = self.dims();
-        self.packed.get_or_init(|| Filter::new(&self.effective, cout, Window::of_taps(taps)).pack()).as_ref()
+        self.packed.get_or_init(|| Filter::new(&self.effective, cout, Reach::of_taps(taps).window()).pack()).as_ref()
     }
 
     /// cout, cin and taps of a weight; a plain vector is 1 x len.
@@ -259,9 +260,8 @@ impl<T: Real> Param<T> {
 
         // Adam (PyTorch's form) and the moving averages.
         let (beta1, beta2) = (T::of(step.betas.0), T::of(step.betas.1));
-        let power = |beta: f64| 1.0 - beta.powi(step.step.min(i32::MAX as u64) as i32);
-        let rate = T::of(step.lr / power(step.betas.0));
-        let root = T::of(1.0 / power(step.betas.1).sqrt());
+        let (rate, root) = step.corrected();
+        let (rate, root) = (T::of(rate), T::of(root));
         let eps = T::of(step.eps);
         let one = T::one();
         let chunk = (SUM_ROWS * cols).max(1);
@@ -347,12 +347,8 @@ fn projection<T: Real>(w: &[T], g: &[T], cols: usize, rounds: usize) -> [Vec<T>;
 
 /// Factor of each column from stored to effective weight.
 fn effective_factors<T: Real>(w: &[T], cols: usize, how: Normalization) -> Vec<T> {
-    let rounds = match how {
-        Normalization::Eval => 1,
-        Normalization::Train { rounds } => rounds + 1,
-    };
     let root = T::of(((w.len() / cols) as f64).sqrt());
-    column_rms(w, cols).into_iter().map(|r| normalized(r, rounds).0 / root).collect()
+    column_rms(w, cols).into_iter().map(|r| normalized(r, how.rounds()).0 / root).collect()
 }
 
 /// to = from, each column times its factor.

@@ -12,7 +12,7 @@ use super::tables::codec::{ATTENTION_THREADS, BYTES_THREADS, NORM_THREADS};
 use super::tensor::padded;
 use super::tiles::{self, Card, Chooser, Kernels, Kind, Product, Question};
 use crate::backend::Shape;
-use crate::backend::codec::{Before, Reach};
+use crate::backend::codec::{Before, Reach, Window};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -54,55 +54,16 @@ fn check(shape: Shape) -> Result<(), ShapeError> {
     }
 }
 
-/// How a [`Reach`] is computed.
-#[derive(Clone, Copy)]
-struct Window {
-    side: usize,
-    stride: usize,
-    before: usize,
-    phases: usize,
-}
-
-impl Window {
-    fn of(reach: Reach) -> Self {
-        let window = |side, stride, before, phases| Self { side, stride, before, phases };
-        match reach {
-            Reach::Point => window(1, 1, 0, 1),
-            Reach::Same => window(3, 1, 1, 1),
-            Reach::Double => window(2, 1, 1, 4),
-            Reach::Down => window(3, 2, 0, 1),
-            Reach::Halve => window(3, 2, 1, 1),
-        }
-    }
-}
-
-/// Shape of a convolution's result.
-pub(super) fn result(reach: Reach, [n, h, w, _]: Shape, cout: usize) -> Shape {
-    match reach {
-        Reach::Point | Reach::Same => [n, h, w, cout],
-        Reach::Double => [n, 2 * h, 2 * w, cout],
-        Reach::Down | Reach::Halve => [n, h / 2, w / 2, cout],
-    }
-}
-
-/// Products that a value of the result sums.
-pub(super) fn summands(reach: Reach, cin: usize) -> usize {
-    let Window { side, .. } = Window::of(reach);
-    side * side * cin
-}
-
 /// A weight `[cout, cin, side, side]` as the kernel reads it, `[phases][cout][taps][cin]` with padded channels, in 16 bits.
 pub fn pack(precision: Precision, reach: Reach, cin: usize, weight: &[f32]) -> Vec<u16> {
-    let Window { side, phases, .. } = Window::of(reach);
-    let (given, taps, wide) = (reach.side(), side * side, padded(cin));
+    let window @ Window { side, scale, .. } = reach.window();
+    let (given, taps, wide, phases) = (reach.side(), side * side, padded(cin), scale * scale);
     let kernels = weight.len() / (cin * given * given);
     let row = taps * wide;
     let mut packed = vec![0; phases * padded(kernels) * row];
     let pack_row = |values: &mut Vec<f32>, (at, bits): (usize, &mut [u16])| {
         let (phase, co) = (at / padded(kernels), at % padded(kernels));
-        // In half p of an enlarged pixel, tap t of three falls on tap (t + 1 - p) div 2 of two.
-        let place = |t: usize, p: usize| if phases == 4 { (t + 1 - p) / 2 } else { t };
-        let tap = |i: usize| place(i / given, phase / 2) * side + place(i % given, phase % 2);
+        let tap = |i: usize| window.tap(i / given, phase / 2) * side + window.tap(i % given, phase % 2);
         values.fill(0.0);
         for (i, tap) in (0..given * given).map(tap).enumerate() {
             let from = weight[co * cin * given * given + i..].iter().step_by(given * given);
@@ -120,12 +81,12 @@ pub fn pack(precision: Precision, reach: Reach, cin: usize, weight: &[f32]) -> V
 
 /// The product for which a tile of this convolution is chosen.
 pub fn question(math: Math, card: Card, reach: Reach, [n, h, w, cin]: Shape, cout: usize) -> Question {
-    let Window { side, stride, phases, .. } = Window::of(reach);
+    let Window { side, stride, scale, .. } = reach.window();
     // Bulk copies bring the neighbours of every pixel, and cannot skip every other one. So stride 2 takes mma.sync.
     let math = if stride == 1 { math } else { Math { conv_loop: Some(ConvLoop::Mma), ..math } };
     let (cin, columns, taps) = (padded(cin), padded(cout), side * side);
     let rows = n * (h / stride) * (w / stride);
-    let product = Product { groups: phases, rows, columns, steps: tiles::steps_of(&[(taps, cin)]) };
+    let product = Product { groups: scale * scale, rows, columns, steps: tiles::steps_of(&[(taps, cin)]) };
     Question { kernels: Kernels::new(Kind::Codec, math, card, &[cin], columns), taps, product }
 }
 
@@ -143,13 +104,14 @@ pub fn convolve(
     cout: usize,
     memory: CodecConv,
 ) -> Result<Vec<Launch>, ShapeError> {
-    let Window { side, stride, before, phases } = Window::of(reach);
+    let window @ Window { side, stride, scale, before } = reach.window();
+    let phases = scale * scale;
     let [n, h, w, cin] = shape;
     if !h.is_multiple_of(stride) || !w.is_multiple_of(stride) {
         return Err(ShapeError::Odd(shape));
     }
     check(shape)?;
-    check(result(reach, shape, cout))?;
+    check(window.result(shape, cout))?;
     check([1, side * side, padded(cin), cout])?;
     let (rows, columns) = (h / stride, w / stride);
     let (pixels, cin, cout) = (n * rows * columns, padded(cin), padded(cout));
@@ -320,8 +282,8 @@ mod tests {
     fn a_packed_weight_has_each_value_where_the_kernel_reads_it() {
         let [cin, cout] = [11, 13];
         for reach in [Reach::Point, Reach::Same, Reach::Double, Reach::Down, Reach::Halve] {
-            let Window { side, phases, .. } = Window::of(reach);
-            let given = reach.side();
+            let Window { side, scale, .. } = reach.window();
+            let (given, phases) = (reach.side(), scale * scale);
             let weight: Vec<f32> = (0..cout * cin * given * given).map(|i| (i as f32 * 0.7).sin()).collect();
             // One value at a time, in PyTorch's order.
             let mut want = vec![0.0f32; phases * padded(cout) * side * side * padded(cin)];

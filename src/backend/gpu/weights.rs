@@ -63,16 +63,16 @@ pub fn turn(count: usize, memory: WeightTurn) -> Launch {
 impl StepScalars {
     /// The scalars of `step`. A network has at most [`MAX_EMAS`] averages.
     pub fn new(step: &OptimizerStep) -> Self {
-        let power = |beta: f64| 1.0 - beta.powi(step.step.min(i32::MAX as u64) as i32);
+        let (rate, root) = step.corrected();
         let mut ema_rest = [0.0; MAX_EMAS];
         ema_rest.iter_mut().zip(step.ema_betas).for_each(|(rest, beta)| *rest = (1.0 - beta) as f32);
         Self {
             grad_scale: step.grad_scale as f32,
-            rate: (step.lr / power(step.betas.0)) as f32,
+            rate: rate as f32,
             rest1: 1.0 - step.betas.0 as f32,
             beta2: step.betas.1 as f32,
             rest2: 1.0 - step.betas.1 as f32,
-            root: (1.0 / power(step.betas.1).sqrt()) as f32,
+            root: root as f32,
             eps: step.eps as f32,
             ema_rest,
         }
@@ -140,10 +140,7 @@ pub fn step(p: Precision, table: &RowTable, memory: WeightStep, totals: DevicePt
 
 /// Effective weights from `source`, an arena of stored weights or of an average.
 pub fn make_effective(p: Precision, table: &RowTable, how: Normalization, memory: WeightEffective) -> Vec<Launch> {
-    let rounds = match how {
-        Normalization::Eval => 1,
-        Normalization::Train { rounds } => int(rounds + 1),
-    };
+    let rounds = int(how.rounds());
     let launch = |[first, count, threads, vectors]: [usize; 4]| {
         let kernel = format!("weight_effective_{vectors}_{}", p.name());
         let rows = memory.rows.offset(first * size_of::<WeightRow>());

@@ -1,8 +1,7 @@
 //! The operations of autoencoders, as launches. A device that runs them owns no network.
 
 use super::super::codec::{
-    bytes, bytes_words, convolve, group_norm, group_norm_scratch, normalise, pack, question, result, self_attention,
-    summands,
+    bytes, bytes_words, convolve, group_norm, group_norm_scratch, normalise, pack, question, self_attention,
 };
 use super::super::runtime::PARAMETERS;
 use super::super::structs::{CodecConv, CodecNorm};
@@ -82,7 +81,7 @@ impl CodecBackend for Gpu<Loaded> {
     fn convolve(&mut self, conv: &Conv, x: &Tensor, before: Before<Tensor>, after: After<Tensor>) -> Tensor {
         let Conv { reach, cin, cout, weight, bias } = conv;
         let x = self.half(x);
-        let shape = result(*reach, x.shape(), *cout);
+        let shape = reach.window().result(x.shape(), *cout);
         assert_eq!(x.shape()[3], *cin, "channels of a convolution's input");
         let x = self.normalised(&x, before);
         let residual = after.residual.map(|residual| self.half(&residual));
@@ -90,7 +89,8 @@ impl CodecBackend for Gpu<Loaded> {
         self.keep(&[weight, bias]);
         let from = DevicePtr::of(residual.as_ref());
         let (math, by) = (self.math, self.chooser.clone());
-        let work = Operation::new("codec_conv", shape).sums(summands(*reach, *cin)).with([&x, weight]).with(&residual);
+        let work =
+            Operation::new("codec_conv", shape).sums(reach.window().summands(*cin)).with([&x, weight]).with(&residual);
         let work = work.of(question(math, by.card, *reach, x.shape(), *cout));
         let (y, held) = self.sum_into(residual, shape);
         let memory = CodecConv {
