@@ -29,7 +29,7 @@ pub use safetensors::Dtype;
 
 use super::mapped::Mapped;
 use super::pickle::PickleError;
-use super::{At, AtomicFile, FileError, input};
+use super::{At, AtomicFile, FileError, input, torch};
 use crate::formats::fingerprint::Fingerprint;
 
 /// Longest header that is read, as in the reference implementation.
@@ -210,23 +210,28 @@ impl SafeFile {
         Ok(Self { path, metadata, tensors: tensors.into_iter().map(mapped).collect() })
     }
 
-    /// The tensors of a file of another format, as if they were in one of this format. Each has its name, type, shape
-    /// and bytes. If several have one name, the last counts.
+    /// The tensors of a mapped file of another format, as if they were in one of this format. If several have one name,
+    /// the last counts.
     ///
     /// # Errors
     /// [`SafeError::Tensor`]: bytes that do not make the shape.
-    pub fn of(
+    pub(super) fn of(
         path: &Path,
-        tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>,
+        map: Mapped,
+        tensors: Vec<torch::Named>,
         metadata: HashMap<String, String>,
     ) -> Result<Self> {
-        let mut known = BTreeMap::new();
-        for (name, dtype, shape, data) in tensors {
-            if byte_length(dtype, &shape) != Some(data.len()) {
-                let what = format!("{} bytes for {dtype} {shape:?}", data.len());
+        let (mut known, map) = (BTreeMap::new(), Arc::new(map));
+        for (name, dtype, shape, content) in tensors {
+            let bytes = match content {
+                torch::Content::Within(range) => Bytes::Mapped(map.clone(), range),
+                torch::Content::Gathered(bytes) => Bytes::Owned(bytes),
+            };
+            if byte_length(dtype, &shape) != Some(bytes.len()) {
+                let what = format!("{} bytes for {dtype} {shape:?}", bytes.len());
                 return Err(SafeError::Tensor { path: path.into(), name, what });
             }
-            known.insert(name, Tensor { dtype, shape, bytes: Bytes::Owned(data) });
+            known.insert(name, Tensor { dtype, shape, bytes });
         }
         Ok(Self { path: path.into(), metadata, tensors: known })
     }
