@@ -29,7 +29,7 @@ pub use safetensors::Dtype;
 
 use super::mapped::Mapped;
 use super::pickle::PickleError;
-use super::{At, AtomicFile, FileError, input, torch};
+use super::{At, AtomicFile, FileError, input};
 use crate::formats::fingerprint::Fingerprint;
 
 /// Longest header that is read, as in the reference implementation.
@@ -71,6 +71,18 @@ pub type Result<T> = std::result::Result<T, SafeError>;
 /// One tensor to write: name, element type, shape, and its bytes, little-endian and
 /// row-major.
 pub type TensorOut<'a> = (&'a str, Dtype, &'a [usize], &'a [u8]);
+
+/// A tensor of a file of another format: name, element type, shape and bytes.
+pub type TensorIn = (String, Dtype, Vec<usize>, Content);
+
+/// The bytes of a tensor's elements, little-endian and row-major.
+#[derive(Debug)]
+pub enum Content {
+    /// They lie so in the file.
+    Within(Range<usize>),
+    /// They were brought into that order.
+    Gathered(Vec<u8>),
+}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -218,14 +230,14 @@ impl SafeFile {
     pub(super) fn of(
         path: &Path,
         map: Mapped,
-        tensors: Vec<torch::Named>,
+        tensors: Vec<TensorIn>,
         metadata: HashMap<String, String>,
     ) -> Result<Self> {
         let (mut known, map) = (BTreeMap::new(), Arc::new(map));
         for (name, dtype, shape, content) in tensors {
             let bytes = match content {
-                torch::Content::Within(range) => Bytes::Mapped(map.clone(), range),
-                torch::Content::Gathered(bytes) => Bytes::Owned(bytes),
+                Content::Within(range) => Bytes::Mapped(map.clone(), range),
+                Content::Gathered(bytes) => Bytes::Owned(bytes),
             };
             if byte_length(dtype, &shape) != Some(bytes.len()) {
                 let what = format!("{} bytes for {dtype} {shape:?}", bytes.len());

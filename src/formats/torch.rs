@@ -16,13 +16,12 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::ops::Range;
 
 use half::{bf16, f16};
 use rawzip::{CompressionMethod, ZipArchive};
 
 use super::pickle::{Id, Pickle, PickleError, Value, quoted};
-use super::safetensors::Dtype;
+use super::safetensors::{Content, Dtype, TensorIn};
 use super::zip::Stored;
 
 /// First pickle of the older format: 0x1950a86a20f9469cfc6c.
@@ -388,24 +387,13 @@ impl<'a> Outside<'a> {
     }
 }
 
-/// The bytes of a tensor's elements, row by row.
-pub enum Content {
-    /// They lie so in the input.
-    Within(Range<usize>),
-    /// They were brought into that order.
-    Gathered(Vec<u8>),
-}
-
-/// Name, element type, shape and bytes of a tensor.
-pub type Named = (String, Dtype, Vec<usize>, Content);
-
 /// Where networks are kept in a dictionary that has more, averages of weights before the weights themselves.
 const WITHIN: [&str; 8] = ["ema", "model_ema", "ema_model", "params_ema", "state_dict", "model", "net", "params"];
 
 /// A dictionary of tensors, read.
 pub struct StateDict {
     /// Its tensors.
-    pub tensors: Vec<Named>,
+    pub tensors: Vec<TensorIn>,
     /// What it is called, and what others the file has, if it was taken out of several.
     pub taken: Option<(String, Vec<String>)>,
 }

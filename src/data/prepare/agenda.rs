@@ -225,7 +225,7 @@ impl<'a> Agenda<'a> {
         let files = notes.files(|| job.members.iter().map(|record| record.id).collect());
         let pairs: Vec<_> = files.into_iter().filter_map(|(id, file)| Some((*records.get(&id)?, file))).collect();
         let now = |record: &Record| Ok(Some(print(&record.read()?)));
-        check_pictures(file.path(), pairs, &now, "remove this shard, and it is made anew")
+        check_pictures(file.path(), &pairs, &now, "remove this shard, and it is made anew")
     }
 
     /// How a shard's vocabulary, number or tags differ from those that a job would give it.
@@ -372,12 +372,10 @@ pub(super) fn check_some_settings(
 /// Contents decide; a date is only a reason to look, as it changes with copying.
 pub(super) fn check_pictures(
     path: &Path,
-    mut pairs: Vec<(&Record, &Fingerprint)>,
+    pairs: &[(&Record, &Fingerprint)],
     now: &(dyn Fn(&Record) -> Result<Option<Fingerprint>, PrepareError> + Sync),
     advice: &'static str,
 ) -> Result<(), PrepareError> {
-    // So that of several replaced ones it is always the same that is named.
-    pairs.sort_unstable_by_key(|(record, _)| record.id);
     let begun = SystemTime::now();
     let made = fs::metadata(path).and_then(|about| about.modified()).at(path)?;
     let newer = |(record, _): &&(&Record, _)| record.place.changed().is_some_and(|changed| changed + SLACK > made);

@@ -127,7 +127,7 @@ fn commit(pending: Pending, out: &Path) -> Result<(), PrepareError> {
 
 /// The ids of a shard's records, including those that were dropped, each with what its file was, as far as that is
 /// known. `places` has the place of every record in its listing.
-fn files<'a>(places: &HashMap<i64, usize>, shard: &Shard, notes: &'a Notes) -> HashMap<i64, &'a Fingerprint> {
+fn files<'a>(places: &HashMap<i64, usize>, shard: &Shard, notes: &'a Notes) -> Vec<(i64, &'a Fingerprint)> {
     notes.files(|| {
         let dropped = notes.dropped.iter().map(|dropped| dropped.id);
         let mut members: Vec<i64> = shard.ids.iter().copied().chain(dropped).collect();
@@ -139,7 +139,7 @@ fn files<'a>(places: &HashMap<i64, usize>, shard: &Shard, notes: &'a Notes) -> H
 
 /// The records that were dropped from a shard, each with the reason and, if that is known, what its file was.
 fn refusals(places: &HashMap<i64, usize>, shard: &Shard, notes: &Notes) -> Vec<(i64, (Drop, Option<Fingerprint>))> {
-    let files = files(places, shard, notes);
+    let files: HashMap<_, _> = files(places, shard, notes).into_iter().collect();
     let refusal = |dropped: &Dropped| (dropped.id, (dropped.drop, files.get(&dropped.id).map(|file| **file)));
     notes.dropped.iter().map(refusal).collect()
 }
@@ -158,12 +158,12 @@ fn compare<'a>(
     for (done, (split, _, shard)) in (1..).zip(there.shards()) {
         let (notes, kept) = (Notes::read(&shard.file)?, shard.ids.iter().collect::<HashSet<_>>());
         let files = files(places, shard, &notes).into_iter().filter(|(id, _)| kept.contains(id));
-        let pairs = files.filter_map(|(id, then)| Some((&records[*places.get(&id)?], then))).collect();
+        let pairs: Vec<_> = files.filter_map(|(id, then)| Some((&records[*places.get(&id)?], then))).collect();
         let now = |record: &Record| match record.read() {
             Ok(read @ Ok(_)) => Ok(Some(print(&read))),
             _ => Ok(None),
         };
-        check_pictures(shard.file.path(), pairs, &now, advice)?;
+        check_pictures(shard.file.path(), &pairs, &now, advice)?;
         report(Event::Reading { what: "pictures that are there", done, total });
         each(split, shard, &notes);
     }

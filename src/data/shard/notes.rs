@@ -69,11 +69,11 @@ impl Notes {
 
     /// What the file of each record was. An older shard tells it only with the ids of its records in the order that they
     /// had when it was made, and tells nothing if `members` has others.
-    pub fn files(&self, members: impl FnOnce() -> Vec<i64>) -> HashMap<i64, &Fingerprint> {
+    pub fn files(&self, members: impl FnOnce() -> Vec<i64>) -> Vec<(i64, &Fingerprint)> {
         let ids = if self.picture_ids.is_empty() { members() } else { self.picture_ids.clone() };
         match ids.len() == self.pictures.len() {
             true => ids.into_iter().zip(&self.pictures).collect(),
-            false => HashMap::new(),
+            false => Vec::new(),
         }
     }
 
