@@ -27,11 +27,10 @@ struct Labels {
 }
 
 /// Endings of the names of images, without their dot.
-const IMAGES: [&str; 7] = ["png", "npy", "jpg", "jpeg", "webp", "gif", "bmp"];
+const IMAGES: [&str; 9] = ["png", "npy", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp"];
 
 /// Those of images that nothing reads here, though EDM2 does.
-const OTHERS: [&str; 14] =
-    ["tif", "tiff", "avif", "jp2", "j2k", "jfif", "jpe", "ppm", "pgm", "pbm", "tga", "dds", "ico", "heic"];
+const OTHERS: [&str; 12] = ["tif", "tiff", "avif", "jp2", "j2k", "ppm", "pgm", "pbm", "tga", "dds", "ico", "heic"];
 
 /// Most classes.
 const CLASSES: usize = 1 << 20;
@@ -82,6 +81,12 @@ impl Archive {
         images.sort_unstable_by_key(|&at| &entry(at).name);
         let Some(&first) = images.first() else { return Err(ArchiveError::NoImages { path: path.into() }) };
 
+        // Of pictures only their files tell their sizes, and opening all of them would take long: `check` does that.
+        let kind = |at: u32| is_latents(entry(at)).then_some(entry(at).size);
+        if let Some(&other) = images.iter().find(|&&at| kind(at) != kind(first)) {
+            let what = format!("not of the kind and size of {}, the archive's first", entry(first).name);
+            return Err(entry_error(&zip, entry(other), what));
+        }
         let mut classes = Vec::new();
         if let Some((_, labels)) = entries().find(|(_, entry)| &*entry.name == LABELS) {
             let wrong = |what: String| entry_error(&zip, labels, what);

@@ -32,6 +32,8 @@ pub struct Zip {
 pub struct ZipEntry {
     /// Its name, folders separated by slashes.
     pub name: Box<str>,
+    /// Its length.
+    pub size: u64,
     checksum: u32,
     stored: bool,
     place: ZipArchiveEntryWayfinder,
@@ -52,6 +54,7 @@ impl Zip {
         while let Some(entry) = list.next_entry().map_err(malformed)? {
             entries.push(ZipEntry {
                 name: String::from_utf8_lossy(entry.file_path().as_ref()).into_owned().into_boxed_str(),
+                size: entry.uncompressed_size_hint(),
                 checksum: entry.crc32(),
                 stored: entry.compression_method() == CompressionMethod::STORE,
                 place: entry.wayfinder(),

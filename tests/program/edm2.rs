@@ -159,6 +159,12 @@ fn damage_is_named() {
     refuses("entry dataset.json: it has no label of 00001/img00000008.png");
     write(&path, &images[..8], Some(labels(&names)), false);
     refuses("entry dataset.json: it has a label of 00001/img00000008.png, which is no image of the archive");
+    let latents =
+        |name: &str, width: usize| (name.to_owned(), npy(&format!("(8, 2, {width})"), &vec![0.0; 16 * width]));
+    for second in [images[0].clone(), latents("b.npy", 4)] {
+        write(&path, &[latents("/a.npy", 3), second.clone()], None, false);
+        refuses(&format!("entry {}: not of the kind and size of /a.npy, the archive's first", second.0));
+    }
     write(&path, &[images[0].clone(), ("b.tif".into(), vec![1])], None, false);
     refuses("entry b.tif: an image that cannot be read, expected one of .png, .npy, .jpg");
     write(&path, &images, Some(b"{\"labels\": [[\"a\", -1]]}".to_vec()), false);

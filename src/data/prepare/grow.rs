@@ -183,7 +183,7 @@ fn check_conditions(there: &Shard, new: &Header) -> Result<(), PrepareError> {
 
 /// Gives all images the tags that the records have by now, and new conditions: made of these tags, or the features of
 /// [`Settings::features`]. If the conditions are features and no new ones are given, they stay as they are. The
-/// vocabulary is counted anew. Nothing is decoded or encoded; disk space for all shards again is needed meanwhile.
+/// vocabulary is counted anew, on the dataset's records. Nothing is decoded or encoded; disk space for all shards again is needed meanwhile.
 ///
 /// # Errors
 /// As [`prepare`](super::prepare()); an image has no record, or no feature.
