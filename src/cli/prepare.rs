@@ -34,7 +34,8 @@ With --danbooru, it is the posts.json of danbooru2023, a post a line. A tag is d
 spaces for underscores: blue_hair is \"blue hair\" from here on.
 
 The dataset's vocabulary.json has a tag a line. To rename one, change it there: images and
-conditions know tags by their places. Models take the names when they are trained.
+conditions know tags by their places. Models take the names when they are trained. --retag takes
+all names from METADATA again.
 
 Examples:
   edm2k prepare --images photos --metadata photos.jsonl --out data --size 512x704 --max-crop 0.5

@@ -122,17 +122,17 @@ impl Dataset {
         // more.
         loop {
             let before = pending::moment(dir);
-            match Self::of_shards(dir, split) {
+            match Self::of_view(dir, &PendingView::of(dir), split) {
                 Err(_) if pending::moment(dir) != before => {}
                 opened => return opened,
             }
         }
     }
 
-    fn of_shards(dir: &Path, split: Split) -> Result<Self, DatasetError> {
-        let view = PendingView::of(dir);
-        let vocabulary = vocabulary_of(dir, &view)?;
-        let shards = open_shards(dir, &view, split, &vocabulary)?;
+    /// Opens a split of the dataset in a directory as it looks before or after a change.
+    pub(super) fn of_view(dir: &Path, view: &PendingView, split: Split) -> Result<Self, DatasetError> {
+        let vocabulary = vocabulary_of(dir, view)?;
+        let shards = open_shards(dir, view, split, &vocabulary)?;
         let (mut first, mut count) = (Vec::new(), 0);
         for shard in &shards {
             first.push(count);
@@ -422,7 +422,7 @@ impl vae::ConditionSource for Dataset {
 }
 
 fn is_zip(path: &Path) -> bool {
-    path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("zip"))
+    path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("zip")) && !path.is_dir()
 }
 
 /// The vocabulary of the dataset in a directory; else an error that says what the directory is.
@@ -449,12 +449,16 @@ fn check_tags(path: &Path, header: &Header, first: &Shard) -> Result<(), Dataset
     }
 }
 
-/// An error if two shards were made by one call (they know of equally many shards) but not from the same records.
+/// An error if two shards were made by one call (they know of equally many shards) but not from the same records. One of
+/// a retagged dataset may have been made anew since.
 fn check_together(shard: &Shard, before: &Shard) -> Result<(), DatasetError> {
     let of_one_call = shard.header.shards == before.header.shards;
-    let records = |shard: &Shard| Notes::settings(&shard.file)?.get("records")?.as_str().map(str::to_owned);
+    let records = |shard: &Shard| {
+        let settings = Notes::settings(&shard.file)?;
+        Some((Notes::retagged(&settings), settings.get("records")?.as_str()?.to_owned()))
+    };
     match (records(shard), records(before)) {
-        (Some(found), Some(expected)) if of_one_call && found != expected => {
+        (Some((a, found)), Some((b, expected))) if of_one_call && a == b && found != expected => {
             let (path, first) = (shard.file.path().into(), before.file.path().into());
             Err(DatasetError::Differs { path, first, what: "the list of records that it is of", found, expected })
         }

@@ -1,10 +1,10 @@
-//! EDM2's own datasets, as its `dataset_tool.py` makes them, read in place: a zip of stored PNG files, or of latents
+//! EDM2's own datasets, as its `dataset_tool.py` makes them, read in place: a zip of stored image files, or of latents
 //! (`.npy`, f32 [8, H, W]: mean and standard deviation of the SD-VAE's, before EDM2's scaling), and of `dataset.json`,
 //! `{"labels": [["00000/img00000000.png", 207], ...]}`.
 //!
 //! Images are in the order of their names and have no splits. A label is a class; the condition is one-hot.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -26,6 +26,12 @@ struct Labels {
     labels: Option<Vec<(String, u32)>>,
 }
 
+/// Endings of the names of images, without their dot.
+const IMAGES: [&str; 9] = ["png", "npy", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp"];
+
+/// Those of images that nothing reads here, though EDM2 does.
+const OTHERS: [&str; 12] = ["tif", "tiff", "avif", "jp2", "j2k", "ppm", "pgm", "pbm", "tga", "dds", "ico", "heic"];
+
 /// Most classes.
 const CLASSES: usize = 1 << 20;
 
@@ -36,7 +42,7 @@ const CLASSES: usize = 1 << 20;
 pub enum ArchiveError {
     #[error("{0}")]
     Zip(#[from] ZipError),
-    #[error("{}: it has no images (.png or .npy)", path.display())]
+    #[error("{}: it has no images (.{})", path.display(), IMAGES.join(", ."))]
     NoImages { path: PathBuf },
     #[error("{}: labels of {found} classes, expected {CLASSES} at most", path.display())]
     Classes { path: PathBuf, found: usize },
@@ -60,13 +66,27 @@ impl Archive {
     /// [`ArchiveError`]: it is damaged, or has no images or not all labels.
     pub fn open(path: &Path) -> Result<Self, ArchiveError> {
         let zip = Zip::open(path)?;
-        let is_image = |name: &str| [".png", ".npy"].iter().any(|end| name.to_lowercase().ends_with(end));
+        let ends = |name: &str, endings: &[&str]| {
+            let ending = name.rsplit_once('.').map(|(_, ending)| ending);
+            ending.is_some_and(|own| endings.iter().any(|of| own.eq_ignore_ascii_case(of)))
+        };
+        let is_image = |name: &str| ends(name, &IMAGES);
         let entries = || (0..).zip(zip.entries());
+        if let Some((_, other)) = entries().find(|(_, entry)| ends(&entry.name, &OTHERS)) {
+            let what = format!("an image that cannot be read, expected one of .{}", IMAGES.join(", ."));
+            return Err(entry_error(&zip, other, what));
+        }
         let mut images: Vec<u32> = entries().filter(|(_, entry)| is_image(&entry.name)).map(|(at, _)| at).collect();
         let entry = |at: u32| &zip.entries()[at as usize];
         images.sort_unstable_by_key(|&at| &entry(at).name);
         let Some(&first) = images.first() else { return Err(ArchiveError::NoImages { path: path.into() }) };
 
+        // Of pictures only their files tell their sizes, and opening all of them would take long: `check` does that.
+        let kind = |at: u32| is_latents(entry(at)).then_some(entry(at).size);
+        if let Some(&other) = images.iter().find(|&&at| kind(at) != kind(first)) {
+            let what = format!("not of the kind and size of {}, the archive's first", entry(first).name);
+            return Err(entry_error(&zip, entry(other), what));
+        }
         let mut classes = Vec::new();
         if let Some((_, labels)) = entries().find(|(_, entry)| &*entry.name == LABELS) {
             let wrong = |what: String| entry_error(&zip, labels, what);
@@ -76,6 +96,11 @@ impl Archive {
                 let name = &entry(at).name;
                 let class = read.as_ref().and_then(|read| read.get(&**name));
                 classes.push(*class.ok_or_else(|| wrong(format!("it has no label of {name}")))?);
+            }
+            let names: HashSet<&str> = images.iter().map(|&at| &*entry(at).name).collect();
+            let lacking = |name: &&String| !names.contains(name.as_str());
+            if let Some(name) = read.iter().flat_map(HashMap::keys).filter(lacking).min() {
+                return Err(wrong(format!("it has a label of {name}, which is no image of the archive")));
             }
         }
         let condition_dim = classes.iter().max().map_or(0, |&most| most as usize + 1);
@@ -109,12 +134,29 @@ impl Archive {
         self.zip.fingerprint()
     }
 
-    /// Compares all images with their checksums.
+    /// Compares all images with their checksums, and their sizes with the first one's.
     ///
     /// # Errors
-    /// The first damaged one.
+    /// The first one that is damaged or of another size.
     pub fn check(&self) -> Result<(), ArchiveError> {
-        self.images.iter().try_for_each(|&at| Ok(self.zip.bytes(&self.zip.entries()[at as usize]).map(drop)?))
+        self.images.iter().try_for_each(|&at| {
+            let entry = &self.zip.entries()[at as usize];
+            let bytes = self.zip.bytes(entry)?;
+            let wrong = |what: String| entry_error(&self.zip, entry, what);
+            let found = match is_latents(entry) {
+                true => format!("latents of shape {:?}", npy::shape(bytes).map_err(wrong)?),
+                false => format!("a picture of {}", decode::size(bytes).map_err(|why| wrong(why.to_string()))?),
+            };
+            let Header { height, width, .. } = self.header;
+            let expected = match self.header.kind {
+                Representation::Latents => format!("latents of shape {:?}", [2 * LATENTS, height, width]),
+                Representation::Images => format!("a picture of {width}x{height}"),
+            };
+            match found == expected {
+                true => Ok(()),
+                false => Err(wrong(format!("{found}, but the archive's first is {expected}"))),
+            }
+        })
     }
 
     /// See [`Dataset::image`](super::dataset::Dataset::image).
@@ -174,10 +216,14 @@ fn entry_error(zip: &Zip, entry: &ZipEntry, what: String) -> ArchiveError {
     ZipError::Entry { path: zip.path().into(), name: entry.name.to_string(), what }.into()
 }
 
+fn is_latents(entry: &ZipEntry) -> bool {
+    entry.name.to_lowercase().ends_with(".npy")
+}
+
 fn pixels(zip: &Zip, entry: &ZipEntry) -> Result<EntryContent, ArchiveError> {
     let bytes = zip.bytes(entry)?;
     let wrong = |what: String| entry_error(zip, entry, what);
-    if !entry.name.to_lowercase().ends_with(".npy") {
+    if !is_latents(entry) {
         return Ok(EntryContent::Picture(
             decode::decode(bytes, [255; 3]).map_err(|why| wrong(why.to_string()))?.picture,
         ));

@@ -138,6 +138,11 @@ impl Pending {
         Ok(())
     }
 
+    /// The dataset as it will be once the changes are in force.
+    pub fn view(&self) -> PendingView {
+        PendingView { dir: self.dir.clone(), pending: Some(self.folder.clone()) }
+    }
+
     /// Where a new file is to be written.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)

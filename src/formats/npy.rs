@@ -46,6 +46,14 @@ pub fn floats(bytes: &[u8]) -> Result<(Vec<usize>, Vec<f32>), String> {
     })
 }
 
+/// The shape of an array, by its header.
+///
+/// # Errors
+/// The header is damaged.
+pub fn shape(bytes: &[u8]) -> Result<Vec<usize>, String> {
+    Ok(parse(bytes)?.1)
+}
+
 /// Reads an array of whole numbers: its shape, and its values row by row.
 ///
 /// # Errors

@@ -72,6 +72,18 @@ pub type Result<T> = std::result::Result<T, SafeError>;
 /// row-major.
 pub type TensorOut<'a> = (&'a str, Dtype, &'a [usize], &'a [u8]);
 
+/// A tensor of a file of another format: name, element type, shape and bytes.
+pub type TensorIn = (String, Dtype, Vec<usize>, Content);
+
+/// The bytes of a tensor's elements, little-endian and row-major.
+#[derive(Debug)]
+pub enum Content {
+    /// They lie so in the file.
+    Within(Range<usize>),
+    /// They were brought into that order.
+    Gathered(Vec<u8>),
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Info {
@@ -210,23 +222,28 @@ impl SafeFile {
         Ok(Self { path, metadata, tensors: tensors.into_iter().map(mapped).collect() })
     }
 
-    /// The tensors of a file of another format, as if they were in one of this format. Each has its name, type, shape
-    /// and bytes. If several have one name, the last counts.
+    /// The tensors of a mapped file of another format, as if they were in one of this format. If several have one name,
+    /// the last counts.
     ///
     /// # Errors
     /// [`SafeError::Tensor`]: bytes that do not make the shape.
-    pub fn of(
+    pub(super) fn of(
         path: &Path,
-        tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)>,
+        map: Mapped,
+        tensors: Vec<TensorIn>,
         metadata: HashMap<String, String>,
     ) -> Result<Self> {
-        let mut known = BTreeMap::new();
-        for (name, dtype, shape, data) in tensors {
-            if byte_length(dtype, &shape) != Some(data.len()) {
-                let what = format!("{} bytes for {dtype} {shape:?}", data.len());
+        let (mut known, map) = (BTreeMap::new(), Arc::new(map));
+        for (name, dtype, shape, content) in tensors {
+            let bytes = match content {
+                Content::Within(range) => Bytes::Mapped(map.clone(), range),
+                Content::Gathered(bytes) => Bytes::Owned(bytes),
+            };
+            if byte_length(dtype, &shape) != Some(bytes.len()) {
+                let what = format!("{} bytes for {dtype} {shape:?}", bytes.len());
                 return Err(SafeError::Tensor { path: path.into(), name, what });
             }
-            known.insert(name, Tensor { dtype, shape, bytes: Bytes::Owned(data) });
+            known.insert(name, Tensor { dtype, shape, bytes });
         }
         Ok(Self { path: path.into(), metadata, tensors: known })
     }

@@ -3,11 +3,14 @@
 //! Layout: blocks of 512 bytes. A header has the name (100 bytes), at 124 the size (12), at 148 a checksum (8), at 156
 //! the type, at 345 a prefix of the name (155, POSIX only); numbers are octal digits, or base 256 if their first bit is
 //! set. The content follows, padded to whole blocks; a block of zeros ends the archive. Long names stand in a member of
-//! their own before the file's (GNU type `L`, POSIX type `x`).
+//! their own before the file's (GNU type `L`, POSIX type `x`). A hard link (type `1`) has at 157 the name (100) of the
+//! member whose content it is, or a long one likewise (`K`, `x`). Of members of one name the last counts, as it does where
+//! an archive is unpacked.
 //!
 //! Cost: one read of 512 bytes a member. [`index_noted`] writes what it finds to a file, and reads only that the next
 //! time.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -44,10 +47,10 @@ pub enum TarError {
     Damaged { path: PathBuf, at: u64, what: String },
 }
 
-/// Calls `visit` with each regular file of an archive, in order.
+/// Calls `visit` with each regular file of an archive, in order. A hard link to a member before it is such a file too.
 ///
 /// # Errors
-/// [`TarError`]; `visit` has been called with the members before the damage.
+/// [`TarError`]; then `visit` has not been called.
 pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError> {
     let damage = |at, what| TarError::Damaged { path: path.into(), at, what };
     let mut archive = input::open(path).at(path)?;
@@ -57,7 +60,8 @@ pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError>
     }
     let mut at = 0;
     // What an extension has said of the file that follows it.
-    let (mut long_name, mut long_size) = (None, None);
+    let (mut long_name, mut long_size, mut long_link, mut sparse) = (None, None, None, false);
+    let (mut members, mut places) = (Vec::new(), HashMap::<String, (u64, u64)>::new());
     while at < length {
         let damaged = |what: String| damage(at, what);
         if length - at < BLOCK {
@@ -67,7 +71,7 @@ pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError>
         archive.seek(SeekFrom::Start(at)).at(path)?;
         archive.read_exact(&mut header).at(path)?;
         if header.iter().all(|&b| b == 0) {
-            return Ok(());
+            break;
         }
         // The checksum's own bytes count as spaces.
         let sum: u64 = header[..148].iter().chain(&header[156..]).map(|&b| u64::from(b)).sum();
@@ -77,9 +81,14 @@ pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError>
         let kind = header[156];
         let (mut name, size) = (header_name(&header), number(&header[124..136]));
         let mut size = size.ok_or_else(|| damaged(format!("the size of member {name} is no number")))?;
+        let mut link = text(&header[157..257]);
         if !matches!(kind, b'L' | b'K' | b'x' | b'g') {
             name = long_name.take().unwrap_or(name);
             size = long_size.take().unwrap_or(size);
+            link = long_link.take().unwrap_or(link);
+            if std::mem::take(&mut sparse) || kind == b'S' {
+                return Err(damaged(format!("member {name} is a sparse file, which is not known here")));
+            }
         }
         let offset = at + BLOCK;
         let left = length - offset;
@@ -87,7 +96,7 @@ pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError>
             return Err(damaged(format!("member {name} claims {size} bytes, but {left} are left")));
         }
         match kind {
-            b'L' | b'x' => {
+            b'L' | b'K' | b'x' => {
                 if size > MAX_EXTENSION {
                     let what =
                         format!("a name or list of attributes of {size} bytes, expected {MAX_EXTENSION} at most");
@@ -97,34 +106,50 @@ pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError>
                 archive.read_exact(&mut bytes).at(path)?;
                 if kind == b'L' {
                     long_name = Some(text(&bytes));
+                } else if kind == b'K' {
+                    long_link = Some(text(&bytes));
                 } else {
                     let attributes = attributes(&bytes).ok_or_else(|| damaged("unreadable POSIX attributes".into()))?;
                     for (key, value) in attributes {
                         match key {
-                            b"path" => long_name = Some(text(value)),
+                            b"path" | b"GNU.sparse.name" => long_name = Some(text(value)),
+                            b"linkpath" => long_link = Some(text(value)),
                             b"size" => {
                                 let size = str::from_utf8(value).ok().and_then(|text| text.parse().ok());
                                 long_size = Some(size.ok_or_else(|| damaged("a size that is no number".into()))?);
                             }
                             _ => {}
                         }
+                        sparse |= key.starts_with(b"GNU.sparse.");
                     }
                 }
             }
-            b'0' | 0 | b'7' if !name.ends_with('/') => visit(Member { name, offset, size }),
-            b'S' => return Err(damaged(format!("member {name} is a sparse file, which is not known here"))),
-            // Passed over: folders, links, devices, long names of links, attributes of the archive.
+            // Passed over: folders, symbolic links, devices, attributes of the archive.
             _ => {}
+        }
+        let content = match kind {
+            b'0' | 0 | b'7' if !name.ends_with('/') => Some((offset, size)),
+            b'1' => places.get(&link).copied(),
+            _ => None,
+        };
+        if let Some(content) = content {
+            places.insert(name.clone(), content);
+            members.push(Member { name, offset: content.0, size: content.1 });
         }
         // The last member's padding may be missing.
         at = (offset + size.next_multiple_of(BLOCK)).min(length);
     }
+    let last = |member: &Member| places.get(&member.name) == Some(&(member.offset, member.size));
+    members.into_iter().filter(last).for_each(visit);
     Ok(())
 }
 
 /// An archive that changed less than this ago may change again without getting another date, since dates of file
 /// systems are coarse.
 const SETTLED: Duration = Duration::from_secs(2);
+
+/// Goes into notes, so that those of other versions, which made other things of links, count as none.
+const VERSION: u32 = 2;
 
 /// As [`index`], but reads the members of an unchanged archive from the note that an earlier call left in `notes`.
 /// Returns whether it did so. An archive's length and date say whether it has changed.
@@ -135,7 +160,7 @@ pub fn index_noted(path: &Path, notes: &Path, visit: &mut dyn FnMut(Member)) -> 
     let about = fs::metadata(path).at(path)?;
     let changed = system::changed(&about);
     let stamp = changed.and_then(|changed| changed.duration_since(SystemTime::UNIX_EPOCH).ok());
-    let stamp = stamp.map(|stamp| format!("{} {}", about.len(), stamp.as_nanos()));
+    let stamp = stamp.map(|stamp| format!("{} {} {VERSION}", about.len(), stamp.as_nanos()));
     let place = fs::canonicalize(path).at(path)?;
     let note = notes.join(format!("{:?}.index", Fingerprint::of([place.as_os_str().as_encoded_bytes()])));
     if let Some(members) = stamp.as_ref().and_then(|stamp| read_note(&note, stamp)) {

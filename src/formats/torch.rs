@@ -11,7 +11,8 @@
 //! persistent id itself, and in the older format the elements of all storages stand at the end, in the order of the
 //! list of keys.
 //!
-//! Elements stay where they are in the input until they are asked for.
+//! Elements stay where they are in the input until they are asked for; only those of a tensor that does not have them
+//! row by row are copied.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -20,7 +21,7 @@ use half::{bf16, f16};
 use rawzip::{CompressionMethod, ZipArchive};
 
 use super::pickle::{Id, Pickle, PickleError, Value, quoted};
-use super::safetensors::Dtype;
+use super::safetensors::{Content, Dtype, TensorIn};
 use super::zip::Stored;
 
 /// First pickle of the older format: 0x1950a86a20f9469cfc6c.
@@ -29,7 +30,13 @@ const MAGIC: Value = Value::Long(&[0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa
 type Result<T, E = PickleError> = std::result::Result<T, E>;
 
 /// The storages read so far, by the offsets at which they begin. So a storage that several tensors share is read once.
-pub type Storages<'a> = HashMap<usize, (Dtype, &'a [u8])>;
+pub type Storages<'a> = HashMap<usize, Elements<'a>>;
+
+/// Type and bytes of a storage's elements.
+type Elements<'a> = (ElementType, &'a [u8]);
+
+/// The type of a storage's elements; the storage's name if tensors are not read of it.
+type ElementType = Result<Dtype, &'static str>;
 
 /// A tensor: a view of a storage.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,20 +54,27 @@ impl<'a> Tensor<'a> {
     /// Reads the tensor or parameter that a value of a pickle describes.
     ///
     /// # Errors
-    /// If it is none, or reaches beyond its storage, or has more elements than that.
+    /// If it is none, or not of floats or integers, or reaches beyond its storage, or has more elements than that, so that
+    /// the memory for it is bounded by the input.
     pub fn read(pickle: &'a Pickle<'a>, id: Id, storages: &mut Storages<'a>) -> Result<Self> {
-        Self::read_with(pickle, id, storages, &Outside::default())
+        let other = |name| pickle.error(id, format!("found a tensor of torch.{name}, expected floats or integers"));
+        let tensor = Self::read_with(pickle, id, storages, &Outside::default())?.map_err(other)?;
+        match tensor.bytes() <= tensor.storage.len() {
+            true => Ok(tensor),
+            false => Err(tensor.beyond(pickle, id)),
+        }
     }
 
-    fn read_with(pickle: &'a Pickle<'a>, id: Id, storages: &mut Storages<'a>, outside: &Outside<'a>) -> Result<Self> {
-        let tensor = match pickle.call_of(id, &[("torch._utils", "_rebuild_parameter")]) {
-            Some(&[tensor, _, _]) => tensor,
-            _ => id,
-        };
-        let (storage, offset, shape, strides) = match pickle.call_of(tensor, &[("torch._utils", "_rebuild_tensor_v2")])
-        {
-            Some(&[storage, offset, shape, strides, _, _]) => (storage, offset, shape, strides),
-            _ => return Err(pickle.unexpected(tensor, "a tensor")),
+    /// As [`Tensor::read`], with storages outside of the pickle too; the name of the storage if it is of other numbers. It
+    /// may have more elements than its storage.
+    fn read_with(
+        pickle: &'a Pickle<'a>,
+        id: Id,
+        storages: &mut Storages<'a>,
+        outside: &Outside<'a>,
+    ) -> Result<Result<Self, &'static str>> {
+        let Some(&[storage, offset, shape, strides, _, _]) = view(pickle, id) else {
+            return Err(pickle.unexpected(data(pickle, id), "a tensor"));
         };
         let expected = "a whole number that is not negative";
         let number = |id: Id| match pickle[id] {
@@ -84,18 +98,27 @@ impl<'a> Tensor<'a> {
                 (_, &Value::Persistent(about)) => outside.find(pickle, about, storages)?,
                 _ => return Err(pickle.unexpected(storage, "a storage")),
             };
+        let dtype = match dtype {
+            Ok(dtype) => dtype,
+            Err(name) => return Ok(Err(name)),
+        };
         let tensor = Self { dtype, shape, strides, offset, storage };
-        if tensor.fits() {
-            return Ok(tensor);
-        }
-        let Tensor { shape, strides, offset, .. } = &tensor;
-        let values = storage.len() / size(dtype);
-        let view = format!("shape {shape:?}, strides {strides:?}, offset {offset}");
-        Err(pickle.error(id, format!("a tensor that is not within the {values} elements of its storage: {view}")))
+        if tensor.fits() { Ok(Ok(tensor)) } else { Err(tensor.beyond(pickle, id)) }
     }
 
-    /// Whether it lies within its storage, and has no more elements than the storage, so that the memory for it is
-    /// bounded by the input.
+    fn beyond(&self, pickle: &Pickle, id: Id) -> PickleError {
+        let Tensor { shape, strides, offset, storage, dtype } = self;
+        let values = storage.len() / size(*dtype);
+        let view = format!("shape {shape:?}, strides {strides:?}, offset {offset}");
+        pickle.error(id, format!("a tensor that is not within the {values} elements of its storage: {view}"))
+    }
+
+    /// Number of bytes of its elements.
+    fn bytes(&self) -> usize {
+        self.shape.iter().fold(size(self.dtype), |n, &side| n.saturating_mul(side))
+    }
+
+    /// Whether it lies within its storage.
     fn fits(&self) -> bool {
         let values = self.storage.len() / size(self.dtype);
         let Some(numel) = self.shape.iter().try_fold(1usize, |n, &side| n.checked_mul(side)) else { return false };
@@ -103,9 +126,7 @@ impl<'a> Tensor<'a> {
             self.shape.iter().zip(&self.strides).try_fold(self.offset, |at, (&side, &stride)| {
                 at.checked_add(side.saturating_sub(1).checked_mul(stride)?)
             });
-        self.shape.len() == self.strides.len()
-            && numel <= values
-            && (numel == 0 || last.is_some_and(|last| last < values))
+        self.shape.len() == self.strides.len() && (numel == 0 || last.is_some_and(|last| last < values))
     }
 
     /// Its elements, row by row.
@@ -120,12 +141,25 @@ impl<'a> Tensor<'a> {
         }
     }
 
-    /// The bytes of its elements, row by row.
-    fn bytes(&self) -> Vec<u8> {
-        match self.dtype {
-            Dtype::F16 | Dtype::BF16 => self.gather(|b: [u8; 2]| b).concat(),
-            Dtype::F64 | Dtype::I64 => self.gather(|b: [u8; 8]| b).concat(),
-            _ => self.gather(|b: [u8; 4]| b).concat(),
+    /// The bytes of its elements, row by row. `input` is what its storage may lie in.
+    fn content(&self, input: &[u8]) -> Content {
+        let mut row = 1usize;
+        let by_rows = self.shape.iter().zip(&self.strides).rev().all(|(&side, &stride)| {
+            let next = side <= 1 || stride == row;
+            row = row.saturating_mul(side);
+            next
+        });
+        // A storage that protocol 2 spells is no part of the input.
+        let storage = (self.storage.as_ptr() as usize).checked_sub(input.as_ptr() as usize);
+        let storage = storage.filter(|at| at + self.storage.len() <= input.len());
+        match (storage, self.dtype) {
+            (Some(at), _) if by_rows && self.bytes() > 0 => {
+                let from = at + self.offset * size(self.dtype);
+                Content::Within(from..from + self.bytes())
+            }
+            (_, Dtype::F16 | Dtype::BF16) => Content::Gathered(self.gather(|b: [u8; 2]| b).into_flattened()),
+            (_, Dtype::F64 | Dtype::I64) => Content::Gathered(self.gather(|b: [u8; 8]| b).into_flattened()),
+            _ => Content::Gathered(self.gather(|b: [u8; 4]| b).into_flattened()),
         }
     }
 
@@ -178,8 +212,7 @@ const STORAGES: [(&str, usize, Option<Dtype>); 17] = [
 
 /// What a storage says of itself.
 struct Description<'a> {
-    kind: Id,
-    dtype: Option<Dtype>,
+    dtype: ElementType,
     width: usize,
     key: &'a str,
     numel: usize,
@@ -207,21 +240,20 @@ impl<'a> Description<'a> {
         };
         let named = |(name, ..): &&(&str, usize, Option<Dtype>)| pickle.global(kind) == Some(("torch", *name));
         let known = STORAGES.iter().find(named);
-        let &(_, width, dtype) = known.ok_or_else(|| pickle.unexpected(kind, "the name of a torch.Storage"))?;
+        let &(name, width, dtype) = known.ok_or_else(|| pickle.unexpected(kind, "the name of a torch.Storage"))?;
         let Value::Text(key) = pickle[key] else { return Err(pickle.unexpected(key, "a key")) };
         let Value::Int(numel) = pickle[numel] else { return Err(pickle.unexpected(numel, "a number of elements")) };
         let numel = usize::try_from(numel).map_err(|_| pickle.unexpected(id, "a number of elements"))?;
-        Ok(Self { kind, dtype, width, key, numel })
+        Ok(Self { dtype: dtype.ok_or(name), width, key, numel })
     }
 
     /// The type of its elements, if `data` has all of them, and nothing else.
-    fn check(&self, pickle: &Pickle, data: &[u8], offset: usize) -> Result<Dtype> {
-        let expected = "the name of a torch.Storage of floats or integers";
-        let dtype = self.dtype.ok_or_else(|| pickle.unexpected(self.kind, expected))?;
+    fn check(&self, data: &[u8], offset: usize) -> Result<ElementType> {
         if self.numel.checked_mul(self.width) == Some(data.len()) {
-            return Ok(dtype);
+            return Ok(self.dtype);
         }
-        let what = format!("{} bytes of data for {} elements of {dtype}", data.len(), self.numel);
+        let kind = self.dtype.map_or_else(str::to_owned, |dtype| dtype.to_string());
+        let what = format!("{} bytes of data for {} elements of {kind}", data.len(), self.numel);
         Err(PickleError { offset, what })
     }
 }
@@ -259,7 +291,7 @@ fn read_legacy(bytes: &[u8], base: usize) -> Result<(Pickle<'_>, Pickle<'_>, usi
 }
 
 /// Element type and elements of a storage that `torch.save` wrote; `base` is its offset in the file.
-fn read_storage(bytes: &[u8], base: usize) -> Result<(Dtype, &[u8])> {
+fn read_storage(bytes: &[u8], base: usize) -> Result<Elements<'_>> {
     if bytes.starts_with(b"PK") {
         return read_zip(bytes, base);
     }
@@ -275,7 +307,7 @@ fn read_storage(bytes: &[u8], base: usize) -> Result<(Dtype, &[u8])> {
     if usize::try_from(u64::from_le_bytes(*numel)) != Ok(about.numel) {
         return Err(error(format!("{} elements, expected {}", u64::from_le_bytes(*numel), about.numel)));
     }
-    Ok((about.check(&storage, data, base + at + 8)?, data))
+    Ok((about.check(data, base + at + 8)?, data))
 }
 
 /// The entries of a zip that `torch.save` wrote, by their names within its one folder.
@@ -326,7 +358,7 @@ fn description<'a>(entries: &HashMap<String, Stored<'a>>, base: usize) -> Result
     Pickle::parse(description, at)
 }
 
-fn read_zip(bytes: &[u8], base: usize) -> Result<(Dtype, &[u8])> {
+fn read_zip(bytes: &[u8], base: usize) -> Result<Elements<'_>> {
     // PyTorch writes about six.
     let entries = entries(bytes, base, 16)?;
     let pickle = description(&entries, base)?;
@@ -334,7 +366,7 @@ fn read_zip(bytes: &[u8], base: usize) -> Result<(Dtype, &[u8])> {
     let name = format!("data/{}", about.key);
     let missing = || PickleError { offset: base, what: format!("a zip without an entry {}", quoted(&name)) };
     let (data, at) = whole(entries.get(&name).ok_or_else(missing)?, &name, base)?;
-    Ok((about.check(&pickle, data, at)?, data))
+    Ok((about.check(data, at)?, data))
 }
 
 /// The storages that a pickle refers to by persistent ids.
@@ -343,10 +375,10 @@ struct Outside<'a>(HashMap<String, Stored<'a>>);
 
 impl<'a> Outside<'a> {
     /// The storage of a persistent id. `known` are those that were compared with their checksums.
-    fn find(&self, pickle: &Pickle<'a>, id: Id, known: &mut Storages<'a>) -> Result<(Dtype, &'a [u8])> {
+    fn find(&self, pickle: &Pickle<'a>, id: Id, known: &mut Storages<'a>) -> Result<Elements<'a>> {
         let about = Description::of(pickle, id)?;
         let found = self.0.get(about.key).ok_or_else(|| pickle.unexpected(id, "a storage that the file has"))?;
-        let dtype = about.check(pickle, found.data, found.at)?;
+        let dtype = about.check(found.data, found.at)?;
         if let Entry::Vacant(unknown) = known.entry(found.at) {
             whole(found, &format!("data/{}", about.key), 0)?;
             unknown.insert((dtype, found.data));
@@ -355,23 +387,20 @@ impl<'a> Outside<'a> {
     }
 }
 
-/// Name, element type, shape and bytes of a tensor.
-pub type Named = (String, Dtype, Vec<usize>, Vec<u8>);
-
 /// Where networks are kept in a dictionary that has more, averages of weights before the weights themselves.
 const WITHIN: [&str; 8] = ["ema", "model_ema", "ema_model", "params_ema", "state_dict", "model", "net", "params"];
 
 /// A dictionary of tensors, read.
 pub struct StateDict {
     /// Its tensors.
-    pub tensors: Vec<Named>,
+    pub tensors: Vec<TensorIn>,
     /// What it is called, and what others the file has, if it was taken out of several.
     pub taken: Option<(String, Vec<String>)>,
 }
 
 /// The tensors of a dictionary that `torch.save` or `pickle.dump` wrote, or of one in it: the first of `ema`, `model_ema`,
-/// `ema_model`, `params_ema`, `state_dict`, `model`, `net`, `params` that has some. Nothing in the file runs; what is no
-/// tensor is left out.
+/// `ema_model`, `params_ema`, `state_dict`, `model`, `net`, `params` that has one of two sides or more. Nothing in the file
+/// runs; what is no tensor of floats or integers is left out.
 ///
 /// # Errors
 /// The file is damaged, or has no tensors.
@@ -387,7 +416,8 @@ pub fn state_dict(bytes: &[u8]) -> Result<StateDict> {
     let within = |wanted: &&'static str| {
         let (_, value) = outer.iter().rfind(|(key, _)| pickle[*key] == Value::Text(wanted))?;
         let inner = dictionary(&pickle, *value)?;
-        inner.iter().any(|&(_, value)| is_tensor(&pickle, value)).then_some((*wanted, inner))
+        // A network has matrices. What an average keeps beside, such as how fast it follows, has none.
+        inner.iter().any(|&(_, value)| is_matrix(&pickle, value)).then_some((*wanted, inner))
     };
     let mut inner = WITHIN.iter().filter_map(within);
     let (entries, taken) = match inner.next() {
@@ -399,15 +429,15 @@ pub fn state_dict(bytes: &[u8]) -> Result<StateDict> {
     };
     let (mut storages, mut tensors, mut total) = (HashMap::new(), Vec::new(), 0usize);
     for &(key, value) in entries {
-        let (Value::Text(name), true) = (&pickle[key], is_tensor(&pickle, value)) else { continue };
-        let tensor = Tensor::read_with(&pickle, value, &mut storages, &outside)?;
-        // Several views of one storage could together be larger than the file.
-        total += tensor.shape.iter().product::<usize>() * size(tensor.dtype);
+        let (Value::Text(name), Some(_)) = (&pickle[key], view(&pickle, value)) else { continue };
+        let Ok(tensor) = Tensor::read_with(&pickle, value, &mut storages, &outside)? else { continue };
+        // Views of a storage may be larger than it, and together larger than the file.
+        total = total.saturating_add(tensor.bytes());
         if total > 4 * bytes.len() {
             return Err(pickle.error(value, "tensors of four times the file's size".into()));
         }
-        let data = tensor.bytes();
-        tensors.push(((*name).to_owned(), tensor.dtype, tensor.shape, data));
+        let content = tensor.content(bytes);
+        tensors.push(((*name).to_owned(), tensor.dtype, tensor.shape, content));
     }
     if tensors.is_empty() {
         const SHOWN: usize = 8;
@@ -424,14 +454,29 @@ pub fn state_dict(bytes: &[u8]) -> Result<StateDict> {
         let expected = WITHIN.join(", ");
         return Err(PickleError {
             offset: 0,
-            what: format!("found {what}, expected tensors, or some within {expected}"),
+            what: format!("found {what}, expected tensors of floats or integers, or some within {expected}"),
         });
     }
     Ok(StateDict { tensors, taken })
 }
 
-fn is_tensor(pickle: &Pickle, id: Id) -> bool {
-    pickle.call_of(id, &[("torch._utils", "_rebuild_parameter"), ("torch._utils", "_rebuild_tensor_v2")]).is_some()
+/// The tensor of a parameter; anything else as it is.
+fn data(pickle: &Pickle, id: Id) -> Id {
+    match pickle.call_of(id, &[("torch._utils", "_rebuild_parameter")]) {
+        Some(&[tensor, _, _]) => tensor,
+        _ => id,
+    }
+}
+
+/// What a tensor or parameter is made of: storage, offset, shape, strides and others.
+fn view<'p>(pickle: &'p Pickle, id: Id) -> Option<&'p [Id]> {
+    pickle.call_of(data(pickle, id), &[("torch._utils", "_rebuild_tensor_v2")])
+}
+
+/// Whether a value is a tensor of two sides or more.
+fn is_matrix(pickle: &Pickle, id: Id) -> bool {
+    let shape = view(pickle, id).and_then(|parts| parts.get(2));
+    shape.is_some_and(|&shape| matches!(&pickle[shape], Value::Tuple(sides) if sides.len() > 1))
 }
 
 fn dictionary<'p>(pickle: &'p Pickle, id: Id) -> Option<&'p [(Id, Id)]> {

@@ -13,7 +13,7 @@ pub const TAKEN: &str = "taken from";
 
 /// Opens a file of weights; a `module.` before all names is left out.
 ///
-/// The file must not be changed while it is read.
+/// The file must not be changed while it is open.
 ///
 /// # Errors
 /// [`SafeError`]: it is damaged, or has no tensors.
@@ -21,6 +21,8 @@ pub fn open(path: impl AsRef<Path>) -> Result<SafeFile> {
     let path = path.as_ref();
     let file = input::open(path).at(path)?;
     let mut opened = match input::head(&file).at(path)?[..] {
+        // The length of a header may look as the beginning of a pickle does.
+        [_, _, _, _, _, 0, 0, 0, b'{', ..] => SafeFile::opened(path, &file)?,
         [b'P', b'K', 3, 4, ..] | [0x80, 2..=5, ..] => {
             // SAFETY: that nobody changes the file meanwhile is the documented condition.
             let map = unsafe { Mapped::new(&file, path) }.at(path)?;
@@ -28,7 +30,7 @@ pub fn open(path: impl AsRef<Path>) -> Result<SafeFile> {
             let torch::StateDict { tensors, taken } = torch::state_dict(&map).map_err(malformed)?;
             let said =
                 taken.map(|(taken, others)| (TAKEN.to_owned(), format!("'{taken}', not '{}'", others.join("', '"))));
-            SafeFile::of(path, tensors, said.into_iter().collect())?
+            SafeFile::of(path, map, tensors, said.into_iter().collect())?
         }
         _ => SafeFile::opened(path, &file)?,
     };

@@ -1,5 +1,6 @@
 //! Zip archives whose entries are stored, not compressed: mapped, and read in place.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use rawzip::{CompressionMethod, ZipArchive, ZipArchiveEntryWayfinder, ZipSliceArchive};
@@ -31,6 +32,8 @@ pub struct Zip {
 pub struct ZipEntry {
     /// Its name, folders separated by slashes.
     pub name: Box<str>,
+    /// Its length.
+    pub size: u64,
     checksum: u32,
     stored: bool,
     place: ZipArchiveEntryWayfinder,
@@ -47,15 +50,20 @@ impl Zip {
         // SAFETY: datasets are not changed while they are read; that one is truncated is caught.
         let map = unsafe { Mapped::new(&file, path) }.at(path)?;
         let archive = ZipArchive::from_slice(map).map_err(malformed)?;
-        let (mut entries, mut list) = (Vec::new(), archive.entries());
+        let (mut entries, mut list) = (Vec::<ZipEntry>::new(), archive.entries());
         while let Some(entry) = list.next_entry().map_err(malformed)? {
             entries.push(ZipEntry {
                 name: String::from_utf8_lossy(entry.file_path().as_ref()).into_owned().into_boxed_str(),
+                size: entry.uncompressed_size_hint(),
                 checksum: entry.crc32(),
                 stored: entry.compression_method() == CompressionMethod::STORE,
                 place: entry.wayfinder(),
             });
         }
+        // What is put into an archive again replaces what it had of the name, for all who read it.
+        let mut seen = HashSet::new();
+        let mut last: Vec<bool> = entries.iter().rev().map(|entry| seen.insert(entry.name.clone())).collect();
+        entries.retain(|_| last.pop() == Some(true));
         Ok(Self { path: path.into(), archive, entries })
     }
 
@@ -64,7 +72,7 @@ impl Zip {
         &self.path
     }
 
-    /// Its entries, in the order of the directory.
+    /// Its entries, in the order of the directory; of those of one name the last.
     pub fn entries(&self) -> &[ZipEntry] {
         &self.entries
     }

@@ -1,19 +1,50 @@
 //! Colours: what a file says of its colour space, conversion to sRGB, and sRGB to linear light and back.
 
 use std::io::Cursor;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use moxcms::{
-    Chromaticity, CicpColorPrimaries, CicpProfile, ColorPrimaries, ColorProfile, DataColorSpace, Layout,
-    MatrixCoefficients, ProfileText, ToneReprCurve, TransferCharacteristics, TransformOptions,
+    Chromaticity, CicpColorPrimaries, CicpProfile, CmsError, ColorPrimaries, ColorProfile, DataColorSpace, Layout,
+    MatrixCoefficients, ProfileText, ToneReprCurve, TransferCharacteristics, TransformExecutor, TransformOptions,
 };
 
 /// By how many of 256 levels a profile must move a colour to count as different from sRGB. There are many profiles of
 /// sRGB that differ in their rounding.
-const NOTICEABLE: u8 = 2;
+const NOTICEABLE: u32 = 2;
 
 /// A colour space that is not known to be sRGB; or its name, if it cannot be understood.
 type Space = Result<ColorProfile, String>;
+
+/// How a pixel's channel is stored: `u8` or `u16`.
+pub trait Level: Copy + Default + Into<u32> + TryFrom<u32> {
+    /// Levels for one of 256.
+    const STEP: u32;
+
+    /// moxcms has a function for each.
+    fn transform(from: &ColorProfile, layout: Layout, to: Layout)
+    -> Result<Arc<dyn TransformExecutor<Self>>, CmsError>;
+
+    /// The level of one of 256 * `STEP`.
+    fn of(level: u32) -> Self {
+        Self::try_from(level).unwrap_or_default()
+    }
+}
+
+impl Level for u8 {
+    const STEP: u32 = 1;
+
+    fn transform(from: &ColorProfile, layout: Layout, to: Layout) -> Result<Arc<dyn TransformExecutor<u8>>, CmsError> {
+        Ok(from.create_transform_8bit(layout, &ColorProfile::new_srgb(), to, TransformOptions::default())?)
+    }
+}
+
+impl Level for u16 {
+    const STEP: u32 = 257;
+
+    fn transform(from: &ColorProfile, layout: Layout, to: Layout) -> Result<Arc<dyn TransformExecutor<u16>>, CmsError> {
+        Ok(from.create_transform_16bit(layout, &ColorProfile::new_srgb(), to, TransformOptions::default())?)
+    }
+}
 
 /// What a file says of its colours; none if it says nothing, or says sRGB. `icc` is its profile. In a PNG, `cICP`
 /// counts before the profile. Without either, `gAMA` and `cHRM` count, unless there is `sRGB`.
@@ -115,7 +146,7 @@ fn named(name: String) -> ColorProfile {
 }
 
 /// Converts pixels (RGB or RGBA) from a colour space. If that is not possible, returns the space's name.
-pub fn to_srgb(space: &Space, pixels: &mut [u8], layout: Layout, grey: bool) -> Option<String> {
+pub fn to_srgb<T: Level>(space: &Space, pixels: &mut [T], layout: Layout, grey: bool) -> Option<String> {
     let profile = match space {
         Ok(profile) => profile,
         Err(name) => return Some(name.clone()),
@@ -135,28 +166,27 @@ pub fn to_srgb(space: &Space, pixels: &mut [u8], layout: Layout, grey: bool) -> 
         _ => return Some(name()),
     };
     let to = if first { Layout::Rgb } else { layout };
-    let srgb = ColorProfile::new_srgb();
-    let Ok(transform) = profile.create_transform_8bit(from, &srgb, to, TransformOptions::default()) else {
-        return Some(name());
-    };
+    let Ok(transform) = T::transform(profile, from, to) else { return Some(name()) };
     // A lattice of colours, or all greys.
-    let sample: Vec<u8> = match (first, channels) {
-        (true, _) => (0..=255).collect(),
+    let most = 255 * T::STEP;
+    let lattice = || lattice().map(|colour| colour.map(|level| T::of(u32::from(level) * T::STEP)));
+    let sample: Vec<T> = match (first, channels) {
+        (true, _) => (0..=most).map(T::of).collect(),
         (false, 3) => lattice().flatten().collect(),
-        (false, _) => lattice().flat_map(|[r, g, b]| [r, g, b, 255]).collect(),
+        (false, _) => lattice().flat_map(|[r, g, b]| [r, g, b, T::of(most)]).collect(),
     };
-    let mut moved = vec![0; if first { 3 * sample.len() } else { sample.len() }];
+    let mut moved = vec![T::default(); if first { 3 * sample.len() } else { sample.len() }];
     if transform.transform(&sample, &mut moved).is_err() {
         return Some(name());
     }
     let before = |i: usize| if first { sample[i / 3] } else { sample[i] };
-    if (0..moved.len()).all(|i| moved[i].abs_diff(before(i)) <= NOTICEABLE) {
+    if (0..moved.len()).all(|i| moved[i].into().abs_diff(before(i).into()) <= NOTICEABLE * T::STEP) {
         return None;
     }
     if first {
         // Grey stays grey, since sRGB and the profile have the same white.
         pixels.chunks_exact_mut(channels).for_each(|pixel| {
-            let at = 3 * usize::from(pixel[0]);
+            let at = 3 * pixel[0].into() as usize;
             pixel[..3].copy_from_slice(&moved[at..at + 3]);
         });
         return None;

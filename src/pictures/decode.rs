@@ -2,7 +2,8 @@
 //!
 //! 1. decode (no more than [`MAX_PIXELS`], so that an image bomb costs no memory), all of it (`jpeg::check`), turn as
 //!    its EXIF says;
-//! 2. convert to sRGB by its colour profile, or what a PNG says in its place, if that does anything;
+//! 2. convert to sRGB by its colour profile, or what a PNG says in its place, if that does anything; then round 16 bits
+//!    to 8;
 //! 3. composite transparency on the background colour, in sRGB as every viewer does, before resizing: no fringe of
 //!    hidden colours can appear.
 //!
@@ -95,13 +96,18 @@ pub fn open(path: &Path, background: [u8; 3]) -> Result<Decoded, PictureError> {
     decode(&input::read(path, MAX_BYTES)?, background)
 }
 
-/// The size that an image file's head says; nothing is decoded.
+/// The size that an image file's head says, turned as its EXIF says; nothing is decoded.
 ///
 /// # Errors
 /// The file is of no known kind, or its head is damaged.
 pub fn size(bytes: &[u8]) -> Result<Size, PictureError> {
-    let (width, height) = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?.into_dimensions()?;
-    Ok(Size { width, height })
+    use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
+    let mut decoder = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?.into_decoder()?;
+    let (width, height) = decoder.dimensions();
+    Ok(match decoder.orientation() {
+        Ok(Rotate90 | Rotate90FlipH | Rotate270 | Rotate270FlipH) => Size { width: height, height: width },
+        _ => Size { width, height },
+    })
 }
 
 /// Decodes an image file, on a background if it is transparent.
@@ -145,27 +151,36 @@ pub fn decode(bytes: &[u8], background: [u8; 3]) -> Result<Decoded, PictureError
         jpeg::check(bytes).map_err(PictureError::NotWhole)?;
     }
     let (width, height) = (image.width() as usize, image.height() as usize);
-    let grey = !image.color().has_color();
-    let space = space(bytes, profile.as_deref());
-    let (rgb, unapplied) = if image.color().has_alpha() {
+    let color = image.color();
+    let grey = !color.has_color();
+    let mut space = space(bytes, profile.as_deref());
+    let mut unapplied = None;
+    let of_16_bits = color.bytes_per_pixel() / color.channel_count() == 2;
+    if let Some(space) = space.take_if(|space| of_16_bits && space.is_ok()) {
+        // Rounded to 8 bits before, dark levels of linear light would be few.
+        let mut rgba = image.into_rgba16();
+        unapplied = to_srgb(&space, &mut rgba, Layout::Rgba, grey);
+        image = rgba.into();
+    }
+    let (rgb, converted) = if color.has_alpha() {
         let over = |x: u8, behind: u8, alpha: u32| {
             ((u32::from(x) * alpha + u32::from(behind) * (255 - alpha) + 127) / 255) as u8
         };
         let mut rgba = image.into_rgba8();
-        let unapplied = space.and_then(|space| to_srgb(&space, &mut rgba, Layout::Rgba, grey));
+        let converted = space.and_then(|space| to_srgb(&space, &mut rgba, Layout::Rgba, grey));
         let rgb = rgba.pixels().flat_map(|pixel| {
             let [r, g, b, alpha] = pixel.0;
             let alpha = u32::from(alpha);
             let [behind_r, behind_g, behind_b] = background;
             [over(r, behind_r, alpha), over(g, behind_g, alpha), over(b, behind_b, alpha)]
         });
-        (rgb.collect(), unapplied)
+        (rgb.collect(), converted)
     } else {
         let mut rgb = image.into_rgb8().into_raw();
-        let unapplied = space.and_then(|space| to_srgb(&space, &mut rgb, Layout::Rgb, grey));
-        (rgb, unapplied)
+        let converted = space.and_then(|space| to_srgb(&space, &mut rgb, Layout::Rgb, grey));
+        (rgb, converted)
     };
-    Ok(Decoded { picture: Picture::new(height, width, rgb), unapplied })
+    Ok(Decoded { picture: Picture::new(height, width, rgb), unapplied: unapplied.or(converted) })
 }
 
 #[cfg(test)]

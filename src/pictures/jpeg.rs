@@ -22,14 +22,41 @@ use super::Picture;
 /// How many bytes an encoder may have added behind the last unit of a scan.
 const PADDING: usize = 2;
 
-/// Length and symbol; length 0 is none.
-type Code = (u8, u8);
+/// A table of codes. A file may have very many, so it is small. Codes of a length are numbers that follow each other, and
+/// are greater than those of shorter ones, each filled up to 16 bits.
+#[derive(Default)]
+struct Codes {
+    /// For each length, the end of its codes among all numbers of 16 bits.
+    ends: [u32; 16],
+    /// For each length, where the symbols of its codes begin, less the number of the first of these codes.
+    shifts: [i32; 16],
+    symbols: Vec<u8>,
+}
 
-/// The code for each value of the next 16 bits.
-type Codes = Vec<Code>;
+impl Codes {
+    fn new(lengths: &[u8; 16], symbols: &[u8]) -> Self {
+        let mut codes = Self { symbols: symbols.to_vec(), ..Self::default() };
+        let (mut end, mut first) = (0u32, 0);
+        for (at, &n) in lengths.iter().enumerate() {
+            codes.shifts[at] = first - (end >> (15 - at)) as i32;
+            end += u32::from(n) << (15 - at);
+            first += i32::from(n);
+            codes.ends[at] = end;
+        }
+        codes
+    }
+
+    /// Length and symbol of the code with which 16 bits begin, if they begin with one.
+    fn find(&self, bits: u16) -> Option<(u32, u8)> {
+        // Without a branch for each length.
+        let at = self.ends.iter().map(|&end| usize::from(end <= u32::from(bits))).sum::<usize>();
+        let place = i32::from(bits >> (15 - at.min(15))) + self.shifts.get(at)?;
+        Some((at as u32 + 1, *self.symbols.get(place as usize)?))
+    }
+}
 
 /// The codes of a block's first coefficient, and those of the others.
-type Tables<'a> = (&'a [Code], &'a [Code]);
+type Tables<'a> = (&'a Codes, &'a Codes);
 
 /// A component in a scan: its place, and the numbers of its two tables.
 type ScanComponent = (usize, usize, usize);
@@ -158,15 +185,7 @@ impl Frame {
         while let Some((&[class, ref lengths @ ..], rest)) = segment.split_first_chunk::<17>() {
             let count: usize = lengths.iter().map(|&n| usize::from(n)).sum();
             let Some((symbols, rest)) = rest.split_at_checked(count) else { return };
-            let mut codes = vec![(0, 0); 1 << 16];
-            let (mut symbols, mut next) = (symbols.iter(), 0);
-            for (length, &n) in (1..).zip(lengths) {
-                for &symbol in symbols.by_ref().take(n.into()) {
-                    let end = (next + (1 << (16 - length))).min(codes.len());
-                    codes[next.min(end)..end].fill((length, symbol));
-                    next = end;
-                }
-            }
+            let codes = Codes::new(lengths, symbols);
             let tables = if class >> 4 == 0 { &mut self.dc } else { &mut self.ac };
             tables[usize::from(class & 3)] = codes;
             segment = rest;
@@ -193,7 +212,7 @@ impl Frame {
         let (start, end, first, low) = (usize::from(start), usize::from(end), bits >> 4 == 0, bits & 15);
         let (start, end) = if self.progressive { (start, end) } else { (0, 63) };
         // Some files of video frames leave out the tables, since everybody uses the same.
-        if self.dc.iter().chain(&self.ac).all(Vec::is_empty) {
+        if self.dc.iter().chain(&self.ac).all(|codes| codes.symbols.is_empty()) {
             return None;
         }
         let mut reader = Reader { data, ..Reader::default() };
@@ -228,7 +247,7 @@ impl Frame {
                 for block in 0..blocks[0] * blocks[1] {
                     let (x, y) =
                         (unit % across * blocks[0] + block % blocks[0], unit / across * blocks[1] + block / blocks[0]);
-                    let tables = (&dc[dc_table][..], &ac[ac_table][..]);
+                    let tables = (&dc[dc_table], &ac[ac_table]);
                     let read = if *progressive {
                         let known = component.known.get_mut(y * component.columns + x);
                         known.and_then(|known| reader.part_of_block(tables, [start, end], first, known, &mut run))
@@ -322,18 +341,18 @@ impl Reader<'_> {
         value
     }
 
-    fn symbol(&mut self, codes: &[Code]) -> Option<u8> {
+    fn symbol(&mut self, codes: &Codes) -> Option<u8> {
         if self.count < 16 {
             self.fill();
         }
-        let &(length, symbol) = codes.get((self.bits >> 48) as usize)?;
-        self.take(length.into());
+        if let Some((length, symbol)) = codes.find((self.bits >> 48) as u16) {
+            self.take(length);
+            return Some(symbol);
+        }
         // Bits that are no code are damage, unless the data has ended here.
-        (length > 0 || self.made_up > 0).then(|| {
-            if length == 0 {
-                self.made_up = u32::MAX;
-            }
-            symbol
+        (self.made_up > 0 && !codes.symbols.is_empty()).then(|| {
+            self.made_up = u32::MAX;
+            0
         })
     }
 
@@ -484,6 +503,17 @@ mod tests {
                 assert!(check(&holey).is_err(), "{name} with zeros from byte {from}");
             }
         }
+    }
+
+    /// A table takes 17 bytes of a file at least. So many of them would take minutes if each became a list of all codes.
+    #[test]
+    fn many_tables_take_little_time() {
+        let table = [&[0xff, 0xc4, 0, 19, 0][..], &[0; 16]].concat();
+        let (_, bytes) = WHOLE[0];
+        let many = [&bytes[..2], &table.repeat(500_000), &bytes[2..]].concat();
+        let begun = std::time::Instant::now();
+        assert_eq!(check(&many), Ok(()));
+        assert!(begun.elapsed() < std::time::Duration::from_secs(2), "{:?}", begun.elapsed());
     }
 
     /// With a hole in a file, the codes nearly always end too early or too late. It is not certain, as there is no

@@ -137,6 +137,36 @@ fn names_and_sizes_may_stand_in_extensions() {
 }
 
 #[test]
+fn hard_links_and_members_of_one_name_are_what_an_archive_unpacks_to() {
+    let link = |name: &str, to: &str| {
+        let mut link = header(name, 0, b'1');
+        link.as_mut_bytes()[157..157 + to.len()].copy_from_slice(to.as_bytes());
+        link.set_cksum();
+        (link, &b""[..])
+    };
+    let long = format!("{}/1.png", "deep/".repeat(40));
+    let pax = format!("{} linkpath={long}\n", long.len() + 14);
+    let bytes = archive(&[
+        (header("1.png", 3, b'0'), b"old"),
+        link("2.png", "1.png"),
+        (header("l", long.len() as u64, b'L'), long.as_bytes()),
+        (header("cut", 4, b'0'), b"long"),
+        (header("k", long.len() as u64, b'K'), long.as_bytes()),
+        link("3.png", "cut"),
+        (header("p", pax.len() as u64, b'x'), pax.as_bytes()),
+        link("4.png", "cut"),
+        link("5.png", "elsewhere.png"),
+        (header("1.png", 3, b'0'), b"new"),
+        link("6.png", "1.png"),
+    ]);
+    let content = |m: &Member| String::from_utf8_lossy(&bytes[m.offset as usize..][..m.size as usize]).into_owned();
+    let found: Vec<_> = members(&bytes).unwrap().iter().map(|m| (m.name.clone(), content(m))).collect();
+    let expected =
+        [("2.png", "old"), (&long, "long"), ("3.png", "long"), ("4.png", "long"), ("1.png", "new"), ("6.png", "new")];
+    assert_eq!(found, expected.map(|(name, content)| (name.to_owned(), content.to_owned())));
+}
+
+#[test]
 fn what_is_wrong_with_an_archive_is_said_with_the_place() {
     let content = [7; 600];
     let good = archive(&[(header("1.png", 600, b'0'), &content), (header("2.png", 600, b'0'), &content)]);
@@ -169,6 +199,11 @@ fn what_is_wrong_with_an_archive_is_said_with_the_place() {
     says(&archive(&[(header("x", 3, b'x'), b"9 a")]), "damaged at byte 0: unreadable POSIX attributes");
     says(&archive(&[(header("x", 9, b'x'), b"9 size=z\n")]), "damaged at byte 0: a size that is no number");
     says(&archive(&[(header("s.png", 0, b'S'), b"")]), "member s.png is a sparse file, which is not known here");
+    let pax = b"22 GNU.sparse.major=1\n25 GNU.sparse.name=p.png\n";
+    says(
+        &archive(&[(header("x", 47, b'x'), pax), (header("GNUSparseFile.0/p.png", 0, b'0'), b"")]),
+        "member p.png is a sparse file, which is not known here",
+    );
     let huge = vec![b'a'; 3 << 20];
     says(
         &archive(&[(header("long", huge.len() as u64, b'L'), &huge)]),

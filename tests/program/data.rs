@@ -710,6 +710,8 @@ fn what_was_dropped_is_looked_at_again_once_its_file_is_another() {
     shop.record(300, "300.png", &["a"]);
     fs::write(shop.file("301.png"), "no picture").unwrap();
     shop.record(301, "301.png", &["a"]);
+    // In the shard of `broken.png`.
+    shop.image(303, solid(16, 16, [3, 3, 3]), &["a"]);
     let first = shop.prepare();
     let before = first.dropped.0[&Drop::Unreadable];
     let images = |summary: &Summary| summary.splits.iter().map(|(_, counts)| counts.kept).sum::<usize>();
@@ -724,6 +726,11 @@ fn what_was_dropped_is_looked_at_again_once_its_file_is_another() {
         assert_eq!((images(&mended), mended.dropped.0[&Drop::Unreadable]), (images(&first) + 1, before - 1));
         assert!(Split::ALL.iter().any(|&split| shop.open(split).find(300).is_some()));
     }
+    // The same if the other record of its shard is not listed any more.
+    shop.lines.retain(|line| !line.contains("303.png"));
+    solid(16, 16, [9, 9, 9]).save(shop.file("broken.png")).unwrap();
+    add(&shop.folder(), &shop.settings(), None, &|_| ()).unwrap();
+    assert!(shop.open(Split::Train).find(1002).is_some());
 }
 
 /// The program, killed as soon as something is true; whether it had not ended before.
@@ -833,9 +840,12 @@ fn tags_and_conditions_are_changed_without_the_pictures() {
         let hot = vocabulary.multi_hot(&vocabulary.parse(now).unwrap().places());
         assert!(condition.iter().zip(hot).all(|(x, y)| (x - y).abs() < 1e-3), "{id}");
     }
-    // The records are those of the dataset now; of pictures it is noted how long their files are.
-    retag(&other, &settings, &|_| ()).unwrap();
+    assert_eq!((summary.skipped, &summary.dropped), (0, &drops(&[(Drop::Unreadable, 1)])));
+    // The same call that made the shards finds them as it would make them, and makes one anew that is lost.
     prepare(&other, &settings, None, &|event| assert!(!matches!(event, Event::Shard { kept: false, .. }))).unwrap();
+    fs::remove_file(out.join("train-00001.safetensors")).unwrap();
+    prepare(&other, &settings, None, &|_| ()).unwrap();
+    assert!(content(&out) == after);
 
     let ids: Vec<i64> = before.iter().map(|image| image.0).collect();
     let values: Vec<f32> = (0..6 * ids.len()).map(|i| (i % 7) as f32 + 1.0).collect();
@@ -884,6 +894,134 @@ fn tags_and_conditions_are_changed_without_the_pictures() {
     assert!(content(&out) == state && !out.join("pending").exists());
 }
 
+#[test]
+fn a_retagged_dataset_is_not_taken_for_one_of_the_records_that_gave_the_tags() {
+    let shop = grown();
+    let (out, all) = (shop.dir.path().join("out"), shop.folder());
+    let refused = |folder: &Folder, settings: &Settings, expected: &str| {
+        let there = files(&out);
+        let said = prepare(folder, settings, None, &|_| ()).unwrap_err().to_string();
+        assert!(said.contains(expected) && said.contains("; add the pictures that are new"), "{said}");
+        assert!(files(&out) == there);
+    };
+    // Its pictures came by two calls, and make as many shards as they would by one.
+    let settings = Settings { shard_size: 5, ..shop.settings() };
+    fs::remove_dir_all(&out).unwrap();
+    prepare(&gallery_of(&shop), &settings, None, &|_| ()).unwrap();
+    add(&all, &settings, None, &|_| ()).unwrap();
+    retag(&all, &settings, &|_| ()).unwrap();
+    refused(&all, &settings, "train-00000.safetensors: one of 7 shards, expected 8;");
+    // Records that it does not have are neither counted in its vocabulary nor taken for pictures that are there.
+    for (shard_size, expected) in [
+        (4, "train-00000.safetensors: one of 6 shards, expected 9"),
+        (100, "of 24 records, expected 36 (id 67 is missing)"),
+    ] {
+        fs::remove_dir_all(&out).unwrap();
+        let settings = Settings { shard_size, ..shop.settings() };
+        let metadata = shop.dir.path().join("fewer.jsonl");
+        fs::write(&metadata, shop.lines[..29].join("\n") + "\n" + &shop.lines[40]).unwrap();
+        let fewer = Folder { metadata, ..shop.folder() };
+        let first = prepare(&fewer, &settings, None, &|_| ()).unwrap();
+        let summary = retag(&all, &settings, &|_| ()).unwrap();
+        assert_eq!((summary.records, summary.skipped, &summary.dropped), (47, 17, &first.dropped));
+        assert_eq!(summary.vocabulary, first.vocabulary);
+        refused(&all, &settings, expected);
+        prepare(&fewer, &settings, None, &|_| ()).unwrap();
+    }
+    // As many of each tag, on other pictures.
+    let swap = |line: &String| match line {
+        line if line.contains("\"id\":7,") => line.replace("[\"a\"", "[\"b\""),
+        line if line.contains("\"id\":19,") => line.replace("[\"b\"", "[\"a\""),
+        line => line.clone(),
+    };
+    let swapped: Vec<String> = shop.lines[..29].iter().chain([&shop.lines[40]]).map(swap).collect();
+    fs::write(shop.dir.path().join("fewer.jsonl"), swapped.join("\n")).unwrap();
+    let swapped = Folder { metadata: shop.dir.path().join("fewer.jsonl"), ..shop.folder() };
+    refused(&swapped, &Settings { shard_size: 100, ..shop.settings() }, "with other tags, flip or repeats of id 7;");
+}
+
+#[test]
+fn a_dataset_whose_tags_were_renamed_grows_and_is_told_when_they_lose_their_names() {
+    let shop = grown();
+    let (out, folder, settings) = (shop.settings().out, shop.folder(), shop.settings());
+    let vocabulary = out.join("vocabulary.json");
+    let told = Mutex::new(String::new());
+    let tell = |event: Event| {
+        if let Event::Warning { text } = event {
+            *told.lock().unwrap() += text;
+        }
+    };
+    let kept = Mutex::new(0);
+    let count = |event: Event| *kept.lock().unwrap() += usize::from(matches!(event, Event::Shard { kept: true, .. }));
+    // What a killed process has added already is kept, unless tags were renamed since.
+    let old = files(&out);
+    add(&folder, &settings, None, &|_| ()).unwrap();
+    let added: Vec<_> = files(&out).into_iter().filter(|(name, _)| !old.contains_key(name)).collect();
+    for renamed in [false, true] {
+        fs::create_dir(out.join("pending")).unwrap();
+        for (name, bytes) in &added {
+            fs::remove_file(out.join(name)).unwrap();
+            fs::write(out.join("pending").join(name), bytes).unwrap();
+        }
+        fs::write(out.join("summary.json"), &old["summary.json"]).unwrap();
+        if renamed {
+            let text = fs::read_to_string(&vocabulary).unwrap();
+            fs::write(&vocabulary, text.replace("\"b\"", "\"bee\"")).unwrap();
+        }
+        *kept.lock().unwrap() = 0;
+        add(&folder, &settings, None, &count).unwrap();
+        assert_eq!(*kept.lock().unwrap(), if renamed { 0 } else { added.len() });
+        let words = |id: i64| content(&out).into_iter().find(|image| image.0 == id).unwrap().1;
+        let [first, new] = if renamed { ["all, bee", ""] } else { ["all, b", "b"] };
+        assert_eq!((words(-17).as_str(), words(21).as_str()), (first, new));
+    }
+    // It can be opened, added to, and retagged.
+    assert!(shop.open(Split::Train).renamed() && shop.open(Split::Test).renamed());
+    add(&folder, &settings, None, &tell).unwrap();
+    assert!(told.lock().unwrap().contains("tags are renamed in vocabulary.json"), "{told:?}");
+    retag(&folder, &settings, &tell).unwrap();
+    assert!(told.lock().unwrap().contains("renamed in vocabulary.json are called again as in "), "{told:?}");
+    assert!(!shop.open(Split::Train).renamed());
+}
+
+#[test]
+fn a_picture_without_a_usable_feature_is_taken_once_it_has_one() {
+    let shop = gallery();
+    let features = |of_19: f32| {
+        let ids: Vec<i64> = (0..40).map(|i| i * 3 - 20).collect();
+        let values: Vec<f32> = ids.iter().map(|&id| if id == 19 { of_19 } else { 2.0 }).collect();
+        write_features(shop.dir.path(), &ids, 1, &values, None);
+    };
+    let settings = Settings { features: Some((shop.dir.path().join("full.safetensors"), None)), ..shop.settings() };
+    let adds = || {
+        let summary = add(&shop.folder(), &settings, None, &|_| ()).unwrap();
+        (summary.dropped.0.get(&Drop::NoFeature).copied(), shop.open(Split::Train).find(19).is_some())
+    };
+    for retags in [false, true] {
+        features(0.0);
+        prepare(&shop.folder(), &settings, None, &|_| ()).unwrap();
+        // The broken picture has no feature at all.
+        assert_eq!(adds(), (Some(2), false));
+        features(3.0);
+        if retags {
+            let summary = retag(&shop.folder(), &settings, &|_| ()).unwrap();
+            assert_eq!(summary.skipped, 2, "as good as new");
+        }
+        assert_eq!((adds(), adds()), ((Some(1), true), (Some(1), true)));
+        fs::remove_dir_all(&settings.out).unwrap();
+    }
+}
+
+#[test]
+fn a_dataset_s_folder_may_be_called_as_a_zip() {
+    let shop = gallery();
+    let out = shop.dir.path().join("data.zip");
+    prepare(&shop.folder(), &Settings { out: out.clone(), ..shop.settings() }, None, &|_| ()).unwrap();
+    assert_eq!(Dataset::open(&out, Split::Test).unwrap().len(), 4);
+    assert_eq!(Dataset::tags_of(&out).unwrap().len(), 4);
+    assert!(printed(here(&["info", out.to_str().unwrap()]).assert()).contains("test           4 images"));
+}
+
 /// New tags would go onto old pictures.
 #[test]
 fn a_dataset_of_other_pictures_is_neither_added_to_nor_retagged() {
@@ -923,6 +1061,15 @@ fn a_dataset_of_other_pictures_is_neither_added_to_nor_retagged() {
 }
 
 #[test]
+fn a_replaced_picture_is_noticed_though_another_one_is_not_listed_any_more() {
+    let mut shop = grown();
+    shop.lines.retain(|line| !line.contains("\"id\":4,"));
+    solid(18, 18, [1, 2, 3]).save(shop.file("7.png")).unwrap();
+    let said = add(&shop.folder(), &shop.settings(), None, &|_| ()).unwrap_err().to_string();
+    assert!(said.contains("made when 7.png was another picture; give it an id of its own"), "{said}");
+}
+
+#[test]
 fn the_command_adds_and_retags() {
     let shop = grown();
     let (folder, out) = (shop.folder(), shop.settings().out);
@@ -936,10 +1083,7 @@ fn the_command_adds_and_retags() {
         "{text}"
     );
     let text = printed(run(&["--retag"]));
-    assert!(
-        text.contains("vocabulary        5 tags") && text.contains("skipped           2 not of the dataset"),
-        "{text}"
-    );
+    assert!(text.contains("vocabulary        5 tags") && text.contains("dropped           2 unreadable"), "{text}");
     let words = content(&out).into_iter().find(|image| image.0 == 203).unwrap().1;
     assert_eq!(words, "new");
     assert!(refused(run(&["--add", "--retag"])).contains("cannot be used with"));
@@ -1657,6 +1801,30 @@ fn what_a_png_says_of_its_colours_is_converted_or_counted() {
         let near = found.iter().zip(expected_pixel).all(|(a, b)| a.abs_diff(b) <= 1);
         assert!(near, "case {number}: {found:?}, expected {expected_pixel:?}");
         assert_eq!(image.unapplied.is_none(), expected.is_some(), "case {number}: {:?}", image.unapplied);
+    }
+}
+
+#[test]
+fn sixteen_bits_are_rounded_after_their_colours_are_converted() {
+    // Dark levels of linear light, which eight bits would make seven of.
+    let level = |i: usize| 6 * i as u16;
+    for kind in [png::ColorType::Grayscale, png::ColorType::Rgb, png::ColorType::Rgba] {
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, 16, 16);
+        encoder.set_color(kind);
+        encoder.set_depth(png::BitDepth::Sixteen);
+        encoder.set_source_gamma(png::ScaledFloat::new(1.0));
+        let pixel = |i: usize| [vec![level(i); kind.samples().min(3)], vec![u16::MAX; kind.samples() / 4]].concat();
+        let data: Vec<u8> = (0..256).flat_map(pixel).flat_map(u16::to_be_bytes).collect();
+        encoder.write_header().unwrap().write_image_data(&data).unwrap();
+        let image = decode(&bytes, [255; 3]).unwrap();
+        for (i, found) in image.picture.rgb().chunks_exact(3).enumerate() {
+            let light = f64::from(level(i)) / 65535.0;
+            let code = if light <= 0.0031308 { 12.92 * light } else { 1.055 * light.powf(1.0 / 2.4) - 0.055 };
+            // A rounding each of the converter's curve and here.
+            let near = found.iter().all(|&x| (f64::from(x) - 255.0 * code).abs() < 1.01);
+            assert!(near, "{kind:?}, level {}: {found:?}, expected {}", level(i), 255.0 * code);
+        }
     }
 }
 

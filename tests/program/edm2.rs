@@ -83,6 +83,35 @@ fn an_archive_is_read_in_place() {
     write(&path, &other, Some(labels(&names)), true);
     assert_ne!(print(&path), before, "another picture under the same name");
 
+    // What was put into it again, as Python's `zipfile` does in mode 'a', is what counts.
+    let mut entries: Vec<(&str, Vec<u8>)> = images.iter().map(|(name, data)| (&**name, data.clone())).collect();
+    let all_of = |class: usize| {
+        let labels: Vec<Value> = names.iter().map(|name| json!([name, class])).collect();
+        ("dataset.json", json!({"labels": labels}).to_string().into_bytes())
+    };
+    entries.extend([all_of(1), all_of(2), (names[3].as_str(), picture(2, 77))]);
+    fs::write(&path, zip(&entries, false)).unwrap();
+    let data = Dataset::open(&path, Split::Train).unwrap();
+    let (mut image, mut condition) = (vec![0.0; 192], vec![0.5; 3]);
+    data.condition(0, &mut condition);
+    data.image(3, NOISE, &mut image).unwrap();
+    assert_eq!((data.len(), &condition[..]), (9, &[0.0, 0.0, 1.0][..]));
+    assert!(((image[2] + 1.0) * 127.5 - 77.0).abs() < 1e-3, "{}", image[2]);
+
+    // Images of other kinds.
+    let colour = |file: &str, name: &str| {
+        let mut bytes = std::io::Cursor::new(Vec::new());
+        let picture = image::load_from_memory(&images.iter().find(|(of, _)| of == file).unwrap().1).unwrap();
+        picture.write_to(&mut bytes, image::ImageFormat::from_path(name).unwrap()).unwrap();
+        (name.to_owned(), bytes.into_inner())
+    };
+    let kinds: Vec<_> = ["a.JPG", "b.webp", "c.jpeg", "d.png"].iter().map(|name| colour(&names[0], name)).collect();
+    let kind_names: Vec<String> = kinds.iter().map(|(name, _)| name.clone()).collect();
+    write(&path, &kinds, Some(labels(&kind_names)), false);
+    let data = Dataset::open(&path, Split::Train).unwrap();
+    assert_eq!((data.len(), data.check(&mut || ()).unwrap()), (4, 1));
+    (0..4).for_each(|i| data.image(i, NOISE, &mut image).unwrap());
+
     write(&path, &images, None, false);
     assert_eq!(Dataset::open(&path, Split::Train).unwrap().condition_dim(), 0);
     assert!(matches!(Dataset::open(&path, Split::Test), Err(DatasetError::NoSplit { .. })));
@@ -112,6 +141,10 @@ fn latents_are_scaled_as_edm2_scales_them() {
     }
 }
 
+fn data_at(path: &Path) -> Dataset {
+    Dataset::open(path, Split::Train).unwrap()
+}
+
 #[test]
 fn damage_is_named() {
     let dir = tempfile::tempdir().unwrap();
@@ -124,6 +157,16 @@ fn damage_is_named() {
     };
     write(&path, &images, Some(labels(&names[..8])), false);
     refuses("entry dataset.json: it has no label of 00001/img00000008.png");
+    write(&path, &images[..8], Some(labels(&names)), false);
+    refuses("entry dataset.json: it has a label of 00001/img00000008.png, which is no image of the archive");
+    let latents =
+        |name: &str, width: usize| (name.to_owned(), npy(&format!("(8, 2, {width})"), &vec![0.0; 16 * width]));
+    for second in [images[0].clone(), latents("b.npy", 4)] {
+        write(&path, &[latents("/a.npy", 3), second.clone()], None, false);
+        refuses(&format!("entry {}: not of the kind and size of /a.npy, the archive's first", second.0));
+    }
+    write(&path, &[images[0].clone(), ("b.tif".into(), vec![1])], None, false);
+    refuses("entry b.tif: an image that cannot be read, expected one of .png, .npy, .jpg");
     write(&path, &images, Some(b"{\"labels\": [[\"a\", -1]]}".to_vec()), false);
     refuses("entry dataset.json: invalid value");
     write(&path, &[], None, false);
@@ -147,6 +190,19 @@ fn damage_is_named() {
         let error = reads(i).unwrap_err();
         assert!(error.contains(&names[i]) && error.contains(expected), "{error}");
     }
+
+    // `--check` finds them too, and other sizes.
+    let checked = || data_at(&path).check(&mut || ()).unwrap_err().to_string();
+    assert!(checked().contains(&format!("d.zip: entry {}: ", names[1])), "{}", checked());
+    let mut wide = std::io::Cursor::new(Vec::new());
+    image::RgbImage::new(8, 6).write_to(&mut wide, image::ImageFormat::Png).unwrap();
+    write(&path, &[images[0].clone(), ("b.png".into(), wide.into_inner())], None, false);
+    assert!(checked().contains("entry b.png: a picture of 8x6, but the archive's first is a picture of 8x8"));
+    let other = [("a.npy".into(), npy("(8, 2, 3)", &[0.0; 48])), ("b.npy".into(), npy("(8, 3, 2)", &[0.0; 48]))];
+    write(&path, &other, None, false);
+    assert!(
+        checked().contains("b.npy: latents of shape [8, 3, 2], but the archive's first is latents of shape [8, 2, 3]")
+    );
 
     // Other numbers under the old checksum, which look like latents too; and no numbers at all under the right one.
     let latents = [("a.npy", npy("(8, 2, 3)", &[0.25; 48])), ("b.npy", npy("(8, 2, 3)", &[0.5; 48]))]

@@ -359,7 +359,7 @@ fn tensors_that_are_not_what_they_say_are_refused_with_their_place() {
     for (blob, message) in [
         (legacy("HalfStorage", 512, &nan), "found NaN at 4, expected numbers"),
         (legacy("HalfStorage", 511, &data), "1024 bytes of data for 511 elements of F16"),
-        (legacy("BoolStorage", 1024, &data), "found the name torch.BoolStorage, expected the name of a torch.Storage"),
+        (legacy("BoolStorage", 1024, &data), "found a tensor of torch.BoolStorage, expected floats or integers"),
         (legacy("HalfStorage", 1 << 31, &data), "found a tuple of 5, expected a number of elements"),
         (whole[..whole.len() - 1].to_vec(), "1023 bytes of data for 512 elements of F16"),
         (whole[..100].to_vec(), "but the file ends after"),

@@ -279,7 +279,7 @@ fn a_flipped_bit_of_a_zip_is_no_weight() {
 }
 
 #[test]
-fn storages_of_other_types_matter_only_to_tensors_that_are_wanted() {
+fn tensors_of_other_types_are_left_out() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("w.pt");
     let tensors: Tensors =
@@ -298,11 +298,8 @@ fn storages_of_other_types_matter_only_to_tensors_that_are_wanted() {
     };
     let legacy = |p: &[u8]| swapped(&torch_legacy(&tensors), &pickled(&tensors, None), p);
     for bytes in [zipped(&p), legacy(&p)] {
-        let said = open(bytes).unwrap_err();
-        assert!(
-            said.contains("found the name torch.QInt32Storage, expected the name of a torch.Storage of floats"),
-            "{said}"
-        );
+        assert_eq!(open(bytes).unwrap(), [3.0, 5.0]);
+        assert!(!weights::open(&path).unwrap().contains("b"));
     }
     let last = p.windows(18).rposition(|window| window == b"_rebuild_tensor_v2").unwrap();
     p[last + 17] = b'9';
@@ -311,11 +308,12 @@ fn storages_of_other_types_matter_only_to_tensors_that_are_wanted() {
     }
 }
 
-/// Resident memory of this process.
+/// Resident memory of this process, but for that of mapped files.
 #[cfg(target_os = "linux")]
 fn resident() -> usize {
     let pages = fs::read_to_string("/proc/self/statm").unwrap();
-    pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+    let pages: Vec<usize> = pages.split_whitespace().map(|pages| pages.parse().unwrap()).collect();
+    (pages[1] - pages[2]) * 4096
 }
 
 #[cfg(target_os = "linux")]
@@ -331,11 +329,15 @@ fn an_autoencoder_out_of_a_checkpoint_keeps_nothing_of_the_rest() {
     whole.insert("model.diffusion_model.out".into(), (vec![VALUES], vec![0.5; VALUES]));
     fs::write(&path, torch_zip(&whole, Some("state_dict"))).unwrap();
     drop((file, whole));
-    let before = resident();
-    let opened = CodecFile::open(&path).unwrap();
     // Other tests run meanwhile.
-    assert!(resident() < before + 2 * VALUES, "{} MiB before, {} after", before >> 20, resident() >> 20);
-    drop(opened);
+    let before = resident();
+    let small = || assert!(resident() < before + 2 * VALUES, "{} MiB before, {} after", before >> 20, resident() >> 20);
+    let all = weights::open(&path).unwrap();
+    small();
+    assert_eq!(all.bytes("model.diffusion_model.out").unwrap()[4 * VALUES - 4..], 0.5f32.to_le_bytes());
+    let opened = CodecFile::open(&path).unwrap();
+    small();
+    drop((all, opened));
 }
 
 /// Names of the latent diffusion model's authors, of those of `diffusers`.
@@ -551,5 +553,60 @@ fn an_average_of_weights_goes_before_the_weights_and_that_is_said() {
     assert!(!info.contains("its network"), "{info}");
     fs::write(&path, dumped(4, &[("generator", &raw), ("step", &Tensors::new())])).unwrap();
     let why = weights::open(&path).unwrap_err().to_string();
-    assert!(why.contains("found a dictionary of 'generator', 'step', expected tensors, or some within ema, "), "{why}");
+    assert!(
+        why.contains(
+            "found a dictionary of 'generator', 'step', expected tensors of floats or integers, or some within ema, "
+        ),
+        "{why}"
+    );
+    // Nor is one that keeps only how fast it follows.
+    let decay = Tensors::from([("decay".into(), (vec![], vec![0.999])), ("updates".into(), (vec![1], vec![7.0]))]);
+    fs::write(&path, dumped(4, &[("ema", &decay), ("state_dict", &ema)])).unwrap();
+    let read = Model::load(&path).unwrap();
+    assert!(read.weights == average.weights && !read.doubts.iter().any(|doubt| doubt.contains("its network")));
+}
+
+/// A view may show an element many times, or elements in an order of its own.
+#[test]
+fn views_are_gathered_within_four_times_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("w.pt");
+    let open = |shape: &[usize], strides: &[usize]| {
+        let mut p = Pickler::new();
+        p.0.extend(b"}(");
+        p.text("a");
+        p.global("torch._utils", "_rebuild_tensor_v2");
+        p.0.push(b'(');
+        p.stored("0", 6);
+        p.int(0);
+        p.ints(shape);
+        p.ints(strides);
+        p.0.push(0x89);
+        p.global("collections", "OrderedDict");
+        p.0.extend(b")RtRu");
+        let data = little(&[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
+        fs::write(&path, zip(&[("x/data.pkl", p.end()), ("x/data/0", data)], false)).unwrap();
+        weights::open(&path).map(|file| file.f32("a").unwrap()).map_err(|error| error.to_string())
+    };
+    assert_eq!(open(&[2, 3], &[3, 1]).unwrap(), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
+    assert_eq!(open(&[3, 2], &[1, 3]).unwrap(), [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]);
+    assert_eq!(open(&[1, 2], &[77, 1]).unwrap(), [0.0, 1.0]);
+    assert_eq!(open(&[3, 4], &[1, 0]).unwrap(), [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0]);
+    assert_eq!(open(&[0, 1 << 20, 1 << 20], &[9, 9, 9]).unwrap(), [0.0; 0]);
+    assert!(open(&[7], &[1]).unwrap_err().contains("a tensor that is not within the 6 elements of its storage"));
+    assert!(open(&[1 << 30], &[0]).unwrap_err().contains("tensors of four times the file's size"));
+}
+
+/// Its first two bytes are those of a pickle too.
+#[test]
+fn a_safetensors_file_is_none_of_pytorch_s_whatever_the_length_of_its_header() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("w.safetensors");
+    for protocol in 2..6usize {
+        let tensor = r#"{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}"#;
+        let length = 0x80 + 256 * protocol;
+        let header = [(length as u64).to_le_bytes().to_vec(), format!("{tensor:length$}").into_bytes()].concat();
+        fs::write(&path, [header, little(&[7.0])].concat()).unwrap();
+        assert_eq!(weights::open(&path).unwrap().f32("a").unwrap(), [7.0], "{length}");
+    }
 }

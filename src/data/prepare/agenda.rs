@@ -1,6 +1,6 @@
 //! The second stage: which shards there will be, what they depend on, and which of them are there.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::{self, File};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -18,7 +18,7 @@ use crate::collective::Part;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::data::dataset::Split;
 use crate::data::shard::{
-    self, Contents, Header, Notes, Representation, SUMMARY_FILE, VOCABULARY_FILE, VocabularyPrint, check_whole,
+    self, Contents, Header, Notes, Representation, SUMMARY_FILE, Shard, VOCABULARY_FILE, VocabularyPrint, check_whole,
 };
 use crate::formats::fingerprint::{Fingerprint, Identity};
 use crate::formats::safetensors::SafeFile;
@@ -46,6 +46,8 @@ pub(super) struct PlannedShard<'a> {
 pub(super) struct Agenda<'a> {
     /// The vocabulary, counted on the training images.
     pub vocabulary: Vocabulary,
+    /// See [`Listing::places`].
+    pub places: Vec<Option<u32>>,
     pub jobs: Vec<PlannedShard<'a>>,
     /// The settings that shards depend on, by name.
     pub made_with: Map<String, Value>,
@@ -73,6 +75,8 @@ impl<'a> Agenda<'a> {
                 expected: "at least 1".into(),
             });
         }
+        // Somebody may have renamed tags since, but all shards of a dataset must know the same names.
+        let known = there.and_then(|there| there.shards().find_map(|(.., shard)| shard.header.vocabulary));
         let (kind, factor, channels) = match codec {
             None => (Representation::Images, 1, 3),
             Some(codec) => (Representation::Latents, codec.factor, LATENTS),
@@ -90,7 +94,7 @@ impl<'a> Agenda<'a> {
             condition_dim: conditions.width().unwrap_or(vocabulary.len()),
             conditioning: conditions.conditioning(),
             autoencoder: codec.map(|codec| codec.autoencoder.clone()),
-            vocabulary: Some(VocabularyPrint::of(&vocabulary)),
+            vocabulary: known.or_else(|| Some(VocabularyPrint::of(&vocabulary))),
             count: 0,
             shards: 0,
             source: settings.source.clone(),
@@ -115,7 +119,8 @@ impl<'a> Agenda<'a> {
             }));
         }
         let made_with = made_with(Some(listing), settings, enlarge, codec, conditions);
-        Ok(Self { vocabulary, jobs, made_with })
+        let places = listing.places(&vocabulary);
+        Ok(Self { vocabulary, places, jobs, made_with })
     }
 
     /// Which of the shards are there and, if they belong to this part, whole. A shard that holds no image is made
@@ -163,7 +168,7 @@ impl<'a> Agenda<'a> {
             match checked {
                 Ok(notes) => {
                     contents.check(file.path(), shard::content(&file)?)?;
-                    check_job(job, &file, &notes).map(|()| true)
+                    self.check_job(job, &file, &notes).map(|()| true)
                 }
                 Err(why) => {
                     report(Event::Damaged { why: &why.to_string() });
@@ -183,18 +188,64 @@ impl<'a> Agenda<'a> {
             false => Ok(self.vocabulary.save(&path)?),
         }
     }
-}
 
-/// Whether a pending shard, which is not part of the dataset yet, is what this job would make.
-pub(super) fn is_made(job: &PlannedShard, path: &Path, made_with: &Map<String, Value>) -> Result<bool, PrepareError> {
-    let Ok(file) = SafeFile::open(path) else { return Ok(false) };
-    if Notes::settings(&file).as_ref() != Some(made_with) || check_whole(&file).is_err() {
-        return Ok(false);
+    /// Whether a pending shard, which is not part of the dataset yet, is what a job would make.
+    pub fn is_made(&self, job: &PlannedShard, path: &Path) -> Result<bool, PrepareError> {
+        let Ok(file) = SafeFile::open(path) else { return Ok(false) };
+        if Notes::settings(&file).as_ref() != Some(&self.made_with) || check_whole(&file).is_err() {
+            return Ok(false);
+        }
+        let Ok(notes) = Notes::read(&file) else { return Ok(false) };
+        // Tags may have been renamed since it was made.
+        if self.other_tags(job, &file)?.is_some() {
+            return Ok(false);
+        }
+        match self.check_job(job, &file, &notes) {
+            Err(PrepareError::OtherPicture { .. } | PrepareError::OtherContent { .. }) => Ok(false),
+            checked => checked.map(|()| true),
+        }
     }
-    let Ok(notes) = Notes::read(&file) else { return Ok(false) };
-    match check_job(job, &file, &notes) {
-        Err(PrepareError::OtherPicture { .. }) => Ok(false),
-        checked => checked.map(|()| true),
+
+    /// An error if a shard is not of the records of a job, or was made of other pictures than those that are there now.
+    fn check_job(&self, job: &PlannedShard, file: &SafeFile, notes: &Notes) -> Result<(), PrepareError> {
+        let records: BTreeMap<i64, &Record> = job.members.iter().map(|&record| (record.id, record)).collect();
+        let dropped = notes.dropped.iter().map(|dropped| dropped.id);
+        let found: BTreeSet<i64> = file.i64("ids")?.into_iter().chain(dropped).collect();
+        let what = match found.symmetric_difference(&records.keys().copied().collect()).next() {
+            Some(id) => {
+                let lacks = if found.contains(id) { "not expected" } else { "missing" };
+                Some(format!("of {} records, expected {} (id {id} is {lacks})", found.len(), records.len()))
+            }
+            None if Notes::retagged(&notes.settings) => self.other_tags(job, file)?,
+            None => None,
+        };
+        if let Some(what) = what {
+            return Err(PrepareError::OtherContent { path: file.path().into(), what });
+        }
+        let files = notes.files(|| job.members.iter().map(|record| record.id).collect());
+        let pairs: Vec<_> = files.into_iter().filter_map(|(id, file)| Some((*records.get(&id)?, file))).collect();
+        let now = |record: &Record| Ok(Some(print(&record.read()?)));
+        check_pictures(file.path(), &pairs, &now, "remove this shard, and it is made anew")
+    }
+
+    /// How a shard's vocabulary, number or tags differ from those that a job would give it.
+    fn other_tags(&self, job: &PlannedShard, file: &SafeFile) -> Result<Option<String>, PrepareError> {
+        let Some(header) = Header::of(file)? else { return Ok(Some("no shard".into())) };
+        if header.shards != job.header.shards {
+            return Ok(Some(format!("one of {} shards, expected {}", header.shards, job.header.shards)));
+        }
+        if header.vocabulary != job.header.vocabulary {
+            return Ok(Some("with a vocabulary that was counted on other records".into()));
+        }
+        let shard = Shard::open(file.path(), &self.vocabulary)?;
+        let rows: HashMap<i64, usize> = shard.ids.iter().copied().zip(0..).collect();
+        let other = |record: &&&Record| {
+            rows.get(&record.id).is_some_and(|&i| {
+                let now = (u8::from(record.flip), record.repeats.get());
+                (shard.flips[i], shard.repeats[i]) != now || shard.tags(i) != record.places(&self.places)
+            })
+        };
+        Ok(job.members.iter().find(other).map(|record| format!("with other tags, flip or repeats of id {}", record.id)))
     }
 }
 
@@ -268,7 +319,7 @@ fn hash(listing: &Listing) -> u64 {
 }
 
 /// Whether a setting is the same. Files are recognised by their content.
-fn same_setting(before: Option<&Value>, now: Option<&Value>) -> bool {
+pub(super) fn same_setting(before: Option<&Value>, now: Option<&Value>) -> bool {
     match (before, now) {
         (Some(Value::Object(before)), Some(Value::Object(now))) => {
             ["fingerprint", "node"].iter().all(|&key| before.get(key) == now.get(key))
@@ -281,9 +332,11 @@ fn same_setting(before: Option<&Value>, now: Option<&Value>) -> bool {
 pub(super) const COMMON: [&str; 7] =
     ["size", "background", "max-crop", "validation-modulus", "enlarge", "vae", "tagger"];
 
-/// An error if a shard was made with another value of any setting.
+/// An error if a shard was made with another value of any setting. [`Agenda::existing`] looks at the records of one that
+/// was retagged.
 pub(super) fn check_settings(file: &SafeFile, now: &Map<String, Value>) -> Result<(), PrepareError> {
-    check_some_settings(file, now, &|_| true)
+    let retagged = Notes::settings(file).is_some_and(|settings| Notes::retagged(&settings));
+    check_some_settings(file, now, &|key| key != "records" || !retagged)
 }
 
 /// An error if a shard was made with another value of a setting that counts.
@@ -312,13 +365,6 @@ pub(super) fn check_some_settings(
         }
     }
     Ok(())
-}
-
-/// Calls [`check_pictures`] for a shard that this job would make.
-fn check_job(job: &PlannedShard, file: &SafeFile, notes: &Notes) -> Result<(), PrepareError> {
-    let pairs: Vec<_> = job.members.iter().copied().zip(&notes.pictures).collect();
-    let now = |record: &Record| Ok(Some(print(&record.read()?)));
-    check_pictures(file.path(), &pairs, &now, "remove this shard, and it is made anew")
 }
 
 /// An error, with `advice`, if a shard was made of other pictures than those that are there `now`. Pictures that are

@@ -11,7 +11,7 @@ use half::f16;
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 
-use super::agenda::{Agenda, COMMON, check_pictures, check_some_settings, count_tags, date, is_made, made_with};
+use super::agenda::{Agenda, COMMON, check_pictures, check_some_settings, count_tags, date, made_with, same_setting};
 use super::records::{Record, Records};
 use super::render::{Conditions, LatentEncoder, feature, print};
 use super::report::{Event, PrepareError, Report, Summary};
@@ -20,7 +20,8 @@ use super::there::There;
 use super::{Tally, listed, make, owned, rendering};
 use crate::condition::Conditioning;
 use crate::condition::vocabulary::Vocabulary;
-use crate::data::dataset::Split;
+use crate::data::dataset::{Dataset, DatasetError, Split};
+use crate::data::pending::Pending;
 use crate::data::shard::{
     Drop, Dropped, Drops, Header, Notes, SUMMARY_FILE, Shard, ShardImage, ShardImages, VOCABULARY_FILE, VocabularyPrint,
 };
@@ -54,7 +55,10 @@ pub fn add(
     compare(&there, &listing.records, &places, advice, report, |split, shard, notes| {
         tally.count(split, shard, notes);
         known.extend(&shard.ids);
-        refused.extend(refusals(&places, shard, notes));
+        // A picture that had no usable feature may have one among others.
+        let other_features = !same_setting(notes.settings.get("features"), now.get("features"));
+        let stays = |drop: Drop| drop != Drop::NoFeature || !other_features;
+        refused.extend(refusals(&places, shard, notes).into_iter().filter(|(_, (drop, _))| stays(*drop)));
     })?;
     // A picture that was dropped is looked at again if its file is another by now.
     let skipped = places.keys().filter(|id| known.contains(*id)).count();
@@ -86,25 +90,22 @@ pub fn add(
     if let Some((shard, job)) = there.shards().map(|(.., shard)| shard).next().zip(agenda.jobs.first()) {
         check_conditions(shard, &job.header)?;
     }
-    if there
-        .shards()
-        .any(|(.., shard)| shard.header.vocabulary.is_some_and(|of| of.tags != there.vocabulary.fingerprint()))
-    {
+    if there.renamed() {
         let text = format!("tags are renamed in {VOCABULARY_FILE}: new pictures have those that are called as there");
         report(Event::Warning { text: &text });
     }
     pending.begin(|name| agenda.jobs.iter().any(|job| job.name == name))?;
     let path = |name: &str| pending.path(name);
-    let made = |job| is_made(job, &path(&job.name), &agenda.made_with);
-    let existing = agenda.jobs.iter().map(made).collect::<Result<Vec<_>, _>>()?;
+    let existing =
+        agenda.jobs.iter().map(|job| agenda.is_made(job, &path(&job.name))).collect::<Result<Vec<_>, _>>()?;
     let images = |tally: &Tally| tally.splits.iter().map(|counts| counts.kept).sum::<usize>();
     let old = images(&tally);
-    let renderer = rendering(&agenda, &listing, settings, enlarge, &conditions);
+    let renderer = rendering(&agenda, settings, enlarge, &conditions);
     make(&agenda, &existing, &path, &renderer, codec.as_mut(), &mut tally, report)?;
     // Shards without a picture would be looked through for ever.
     if images(&tally) > old {
         let summary = tally.finish(&listing, settings, skipped, agenda.vocabulary, &path(SUMMARY_FILE))?;
-        pending.commit()?;
+        commit(pending, out)?;
         Ok(summary)
     } else {
         pending.discard()?;
@@ -113,21 +114,32 @@ pub fn add(
     }
 }
 
-/// The ids of a shard's records, including those that were dropped, each with what its file was. `None` if the
-/// records have changed since. `places` has the place of every record in its listing.
-fn files<'a>(places: &HashMap<i64, usize>, shard: &Shard, notes: &'a Notes) -> Option<Vec<(i64, &'a Fingerprint)>> {
-    let dropped = notes.dropped.iter().map(|dropped| dropped.id);
-    let mut members: Vec<i64> = shard.ids.iter().copied().chain(dropped).collect();
-    members.sort_unstable_by_key(|id| places.get(id));
-    // The files are noted in the order of the records. If the records are others now, nobody knows which file belongs
-    // to which.
-    let known = members.len() == notes.pictures.len() && members.iter().all(|id| places.contains_key(id));
-    known.then(|| members.into_iter().zip(&notes.pictures).collect())
+/// Puts what was made in force, once it is known that the dataset can be opened with it.
+fn commit(pending: Pending, out: &Path) -> Result<(), PrepareError> {
+    for split in Split::ALL {
+        match Dataset::of_view(out, &pending.view(), split) {
+            Err(DatasetError::NoShards { .. } | DatasetError::Empty { .. }) => {}
+            opened => drop(opened?),
+        }
+    }
+    Ok(pending.commit()?)
+}
+
+/// The ids of a shard's records, including those that were dropped, each with what its file was, as far as that is
+/// known. `places` has the place of every record in its listing.
+fn files<'a>(places: &HashMap<i64, usize>, shard: &Shard, notes: &'a Notes) -> Vec<(i64, &'a Fingerprint)> {
+    notes.files(|| {
+        let dropped = notes.dropped.iter().map(|dropped| dropped.id);
+        let mut members: Vec<i64> = shard.ids.iter().copied().chain(dropped).collect();
+        members.sort_unstable_by_key(|id| places.get(id));
+        // If some are not listed by now, nobody knows where they were in the order.
+        if members.iter().all(|id| places.contains_key(id)) { members } else { Vec::new() }
+    })
 }
 
 /// The records that were dropped from a shard, each with the reason and, if that is known, what its file was.
 fn refusals(places: &HashMap<i64, usize>, shard: &Shard, notes: &Notes) -> Vec<(i64, (Drop, Option<Fingerprint>))> {
-    let files: HashMap<_, _> = files(places, shard, notes).into_iter().flatten().collect();
+    let files: HashMap<_, _> = files(places, shard, notes).into_iter().collect();
     let refusal = |dropped: &Dropped| (dropped.id, (dropped.drop, files.get(&dropped.id).map(|file| **file)));
     notes.dropped.iter().map(refusal).collect()
 }
@@ -145,8 +157,8 @@ fn compare<'a>(
     let total = there.shards().count() as u64;
     for (done, (split, _, shard)) in (1..).zip(there.shards()) {
         let (notes, kept) = (Notes::read(&shard.file)?, shard.ids.iter().collect::<HashSet<_>>());
-        let files = files(places, shard, &notes).into_iter().flatten().filter(|(id, _)| kept.contains(id));
-        let pairs: Vec<_> = files.map(|(id, then)| (&records[places[&id]], then)).collect();
+        let files = files(places, shard, &notes).into_iter().filter(|(id, _)| kept.contains(id));
+        let pairs: Vec<_> = files.filter_map(|(id, then)| Some((&records[*places.get(&id)?], then))).collect();
         let now = |record: &Record| match record.read() {
             Ok(read @ Ok(_)) => Ok(Some(print(&read))),
             _ => Ok(None),
@@ -171,7 +183,7 @@ fn check_conditions(there: &Shard, new: &Header) -> Result<(), PrepareError> {
 
 /// Gives all images the tags that the records have by now, and new conditions: made of these tags, or the features of
 /// [`Settings::features`]. If the conditions are features and no new ones are given, they stay as they are. The
-/// vocabulary is counted anew. Nothing is decoded or encoded; disk space for all shards again is needed meanwhile.
+/// vocabulary is counted anew, on the dataset's records. Nothing is decoded or encoded; disk space for all shards again is needed meanwhile.
 ///
 /// # Errors
 /// As [`prepare`](super::prepare()); an image has no record, or no feature.
@@ -194,8 +206,7 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     if let (Conditions::Known(features), Some((path, _))) = (&conditions, &settings.features) {
         all_have(path, "no feature", &|id| features.get(id).is_some_and(|values| feature(values).is_ok()))?;
     }
-    conditions.select(&mut listing);
-    let now = made_with(Some(&listing), settings, records.enlarge(), None, &conditions);
+    let mut now = made_with(None, settings, records.enlarge(), None, &conditions);
     // Settings that only matter when pictures are encoded may be left out.
     let counts = |key: &str| COMMON.contains(&key) && !["vae", "tagger"].contains(&key);
     for (.., shard) in there.shards() {
@@ -203,8 +214,27 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     }
     let advice = "if only its file was written anew, an empty folder of images will do: no picture is needed";
     let places: HashMap<i64, usize> = listing.records.iter().enumerate().map(|(i, record)| (record.id, i)).collect();
-    compare(&there, &listing.records, &places, advice, report, |_, _, _| {})?;
+    let new_features = matches!(conditions, Conditions::Known(_));
+    let mut members = HashSet::new();
+    compare(&there, &listing.records, &places, advice, report, |_, shard, notes| {
+        members.extend(&shard.ids);
+        let dropped = notes.dropped.iter().filter(|of| of.drop != Drop::NoFeature || !new_features);
+        members.extend(dropped.map(|dropped| dropped.id));
+    })?;
+    let listed = listing.records.len();
+    listing.records.retain(|record| members.contains(&record.id));
+    let skipped = listed - listing.records.len();
     let mut tally = Tally { dropped: std::mem::take(&mut listing.dropped), ..Tally::default() };
+    // All images have a feature. What else has none was dropped already, and its shard says why.
+    conditions.select(&mut listing);
+    let with = made_with(Some(&listing), settings, records.enlarge(), None, &conditions);
+    let with = with.get("records").and_then(Value::as_str).unwrap_or_default();
+    now.insert("records".into(), format!("{}{with}", Notes::RETAGGED).into());
+    if there.renamed() {
+        let (file, metadata) = (VOCABULARY_FILE, records.metadata().display());
+        let text = format!("tags that were renamed in {file} are called again as in {metadata}");
+        report(Event::Warning { text: &text });
+    }
     let vocabulary = count_tags(&listing, settings)?;
     let old = there.shards().next().map(|(.., shard)| &shard.header);
     let kept = old.filter(|header| matches!(conditions, Conditions::Tags) && header.conditioning != Conditioning::Tags);
@@ -233,19 +263,18 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
         made_with: &now,
     };
     pending.begin(|_| false)?;
-    report(Event::Start(tagged.records.len()));
+    report(Event::Start(ids().count()));
     for (split, number, shard) in there.shards() {
         let (name, images) = (split.shard_name(number), shard.ids.len());
         let path = pending.path(&name);
         let notes = tagged.write(shard, &path)?;
         report(Event::Done(images));
         report(Event::Shard { name: &name, images, kept: false });
-        tally.count(split, &Shard::open(&path, &vocabulary)?, &notes);
+        tally.add(split, &Shard::open(&path, &vocabulary)?, &notes);
     }
     vocabulary.save(&pending.path(VOCABULARY_FILE))?;
-    let skipped = listing.records.len() - ids().count();
     let summary = tally.finish(&listing, settings, skipped, vocabulary, &pending.path(SUMMARY_FILE))?;
-    pending.commit()?;
+    commit(pending, out)?;
     Ok(summary)
 }
 
@@ -281,6 +310,10 @@ impl Tagged<'_> {
             rows.push(&ShardImage { id, image, shape, condition: &condition, tags: &tags, flip, repeats });
         }
         let mut notes = Notes::read(&shard.file)?;
+        if matches!(self.conditions, Conditions::Known(_)) {
+            // They may have a feature now, which adding finds out.
+            notes.dropped.retain(|dropped| dropped.drop != Drop::NoFeature);
+        }
         for key in ["records", "vocabulary", "features", "tagger"] {
             match self.made_with.get(key) {
                 Some(value) => notes.settings.insert(key.into(), value.clone()),

@@ -118,7 +118,7 @@ pub fn prepare(
         set_aside(out, [VOCABULARY_FILE, SUMMARY_FILE], report)?;
     }
     agenda.settle_vocabulary(out, existing.contains(&true), report)?;
-    let renderer = rendering(&agenda, &listing, settings, enlarge, &conditions);
+    let renderer = rendering(&agenda, settings, enlarge, &conditions);
     let summary = out.join(SUMMARY_FILE);
     if existing.contains(&false) && summary.exists() {
         // The summary may say of a shard what is not true of the one that is made now.
@@ -240,7 +240,6 @@ impl Tally {
 /// The renderer for an agenda's shards.
 fn rendering<'a>(
     agenda: &'a Agenda,
-    listing: &Listing,
     settings: &'a Settings,
     enlarge: Option<bool>,
     conditions: &'a Conditions,
@@ -249,7 +248,7 @@ fn rendering<'a>(
         settings,
         enlarge: enlarge.unwrap_or(true),
         vocabulary: &agenda.vocabulary,
-        places: listing.places(&agenda.vocabulary),
+        places: &agenda.places,
         conditions,
         made_with: &agenda.made_with,
     }

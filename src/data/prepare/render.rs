@@ -130,7 +130,7 @@ pub(super) struct Renderer<'a> {
     pub enlarge: bool,
     pub vocabulary: &'a Vocabulary,
     /// See [`Listing::places`].
-    pub places: Vec<Option<u32>>,
+    pub places: &'a [Option<u32>],
     pub conditions: &'a Conditions,
     pub made_with: &'a Map<String, Value>,
 }
@@ -147,6 +147,7 @@ impl Renderer<'_> {
         let mut rows = ShardImages::default();
         let (mut dropped, mut unapplied, mut enlarged) = (Vec::new(), Vec::new(), 0);
         let mut pictures = Vec::with_capacity(members.len());
+        let picture_ids = members.iter().map(|record| record.id).collect();
         thread::scope(|scope| -> Result<(), PrepareError> {
             // The next images are decoded while a codec works on these.
             let (sender, chunks) = sync_channel(1);
@@ -184,7 +185,7 @@ impl Renderer<'_> {
             }
             Ok(())
         })?;
-        Ok((rows, Notes { settings: self.made_with.clone(), pictures, dropped, unapplied, enlarged }))
+        Ok((rows, Notes { settings: self.made_with.clone(), pictures, picture_ids, dropped, unapplied, enlarged }))
     }
 
     fn made_of(&self, record: &Record, bytes: &[u8]) -> Result<Ready, LeftOut> {
@@ -201,7 +202,7 @@ impl Renderer<'_> {
         if crop.enlarged && !self.enlarge {
             return Err((Drop::Small, format!("{} is smaller than {size}", image.size())));
         }
-        let tags = record.places(&self.places);
+        let tags = record.places(self.places);
         let condition = match self.conditions {
             Conditions::Tags => self.vocabulary.multi_hot(&tags),
             Conditions::Known(features) => feature(features.get(record.id).unwrap_or_default())?,

@@ -51,6 +51,11 @@ pub enum PrepareError {
          conditions; or remove the dataset, or choose another directory", path.display()
     )]
     OtherRecords { path: PathBuf, found: String, now: String },
+    #[error(
+        "{}: {what}; add the pictures that are new, or change tags and conditions; or remove the dataset, or choose \
+         another directory", path.display()
+    )]
+    OtherContent { path: PathBuf, what: String },
     #[error("{}: pictures were added later; go on adding", path.display())]
     Added { path: PathBuf },
     #[error("{}: no dataset is there, expected one to {to}", dir.display())]

@@ -36,6 +36,12 @@ impl There {
         if there.shards().next().is_none() { Err(none()) } else { Ok(there) }
     }
 
+    /// Whether tags have other names by now than when the shards were made.
+    pub fn renamed(&self) -> bool {
+        let print = self.vocabulary.fingerprint();
+        self.shards().any(|(.., shard)| shard.header.vocabulary.is_some_and(|made_with| made_with.tags != print))
+    }
+
     /// The shards of a split.
     pub fn of(&self, split: Split) -> &[Shard] {
         &self.splits[split as usize]

@@ -14,6 +14,7 @@ const DROPPED: &str = "dropped";
 const PROFILES: &str = "profiles";
 const ENLARGED: &str = "enlarged";
 const PICTURES: &str = "pictures";
+const PICTURE_IDS: &str = "picture-ids";
 
 /// What the maker of a shard notes in it: what it was made with, and what was to be in it and is not.
 pub(in crate::data) struct Notes {
@@ -22,6 +23,8 @@ pub(in crate::data) struct Notes {
     /// Fingerprints of the files of all pictures that were looked at, including those that were dropped. Older shards
     /// have none.
     pub pictures: Vec<Fingerprint>,
+    /// The ids of their records. Older shards have none.
+    pub picture_ids: Vec<i64>,
     /// Records that were dropped when their pictures were looked at.
     pub dropped: Vec<Dropped>,
     /// Images whose colours could not be converted.
@@ -31,6 +34,15 @@ pub(in crate::data) struct Notes {
 }
 
 impl Notes {
+    /// What the setting `records` begins with once the shards have been given other tags. Then it says nothing of which
+    /// records they were cut from.
+    pub const RETAGGED: &str = "retagged with ";
+
+    /// Whether settings are of shards that have been given other tags.
+    pub fn retagged(settings: &Map<String, Value>) -> bool {
+        settings.get("records").and_then(Value::as_str).is_some_and(|records| records.starts_with(Self::RETAGGED))
+    }
+
     /// The settings that a shard was made with; none if [`prepare`](mod@crate::data::prepare) did not make it.
     pub fn settings(file: &SafeFile) -> Option<Map<String, Value>> {
         serde_json::from_str(file.metadata().get(SETTINGS)?).ok()
@@ -51,7 +63,18 @@ impl Notes {
             // Older versions did not look at colour profiles.
             unapplied: text(PROFILES).map_or(Ok(Vec::new()), |text| serde_json::from_str(text)).map_err(parsed)?,
             pictures: text(PICTURES).map_or(Ok(Vec::new()), |text| serde_json::from_str(text)).map_err(parsed)?,
+            picture_ids: text(PICTURE_IDS).map_or(Ok(Vec::new()), |text| serde_json::from_str(text)).map_err(parsed)?,
         })
+    }
+
+    /// What the file of each record was. An older shard tells it only with the ids of its records in the order that they
+    /// had when it was made, and tells nothing if `members` has others.
+    pub fn files(&self, members: impl FnOnce() -> Vec<i64>) -> Vec<(i64, &Fingerprint)> {
+        let ids = if self.picture_ids.is_empty() { members() } else { self.picture_ids.clone() };
+        match ids.len() == self.pictures.len() {
+            true => ids.into_iter().zip(&self.pictures).collect(),
+            false => Vec::new(),
+        }
     }
 
     /// As a shard's metadata has them.
@@ -62,6 +85,7 @@ impl Notes {
             (PROFILES, json!(self.unapplied).to_string()),
             (ENLARGED, self.enlarged.to_string()),
             (PICTURES, json!(self.pictures).to_string()),
+            (PICTURE_IDS, json!(self.picture_ids).to_string()),
         ];
         all.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
     }
