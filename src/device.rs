@@ -13,7 +13,7 @@ use crate::backend::{BackendError, DeviceError, NetworkBackend, TrainingBackend}
 use crate::codec::{CodecError, CodecFile};
 use crate::params::ParamTable;
 use crate::pictures::Picture;
-use crate::system;
+use crate::{system, tuning};
 
 /// What computes, as `--device` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -248,8 +248,7 @@ impl fmt::Display for Device {
             None => write!(f, "the CPU, {}", self.numbers()),
             Some(gpu) => {
                 write!(f, "{}, {}", gpu.name(), self.numbers())?;
-                // With other choices sums come in another order.
-                gpu.tuned().map_or(Ok(()), |tuned| write!(f, ", tuned {}", tuned.fingerprint()))
+                gpu.tuned().map_or(Ok(()), |tuned| write!(f, ", tuned {}", tuning::fingerprint(&tuned)))
             }
         }
     }
@@ -336,7 +335,7 @@ type Opened = (Rc<dyn Runtime>, Option<String>);
 #[cfg(feature = "cuda")]
 fn cuda(ordinal: usize) -> Result<Opened, DeviceError> {
     let gpu = crate::backend::gpu::cuda::Cuda::new(ordinal)?;
-    let (tuned, untuned) = crate::tuning::of(&gpu.origin());
+    let (tuned, untuned) = tuning::of(&gpu.origin());
     let gpu = match tuned {
         Some(tuned) => gpu.tuned_by(tuned),
         None => gpu,

@@ -286,6 +286,11 @@ pub fn of(origin: &MeasuredOn) -> (Option<Tuned>, Option<TuningError>) {
     }
 }
 
+/// What choices are recognised by: with others, sums come in another order.
+pub(crate) fn fingerprint(tuned: &Tuned) -> Fingerprint {
+    Fingerprint::of(tuned.lines())
+}
+
 fn found(dir: Option<&Path>, with_the_program: &str, origin: &MeasuredOn) -> (Option<Tuned>, Option<TuningError>) {
     match dir.map_or(Ok(None), |dir| own(dir, origin)) {
         Ok(Some(tuned)) => (Some(tuned), None),

@@ -13,7 +13,6 @@ pub use super::launch::Card;
 use super::launch::{ConvLoop, Math};
 use super::tables::conv_hopper::{GROUP, GROUP_WARPS, MAX_CLUSTER, OUT_COLUMNS};
 use super::tables::{self, tiles as lines};
-use crate::formats::fingerprint::Fingerprint;
 
 /// One instance of a product kernel: what a block computes and what it takes.
 #[derive(Clone, Debug, PartialEq)]
@@ -396,11 +395,11 @@ impl Tuned {
         Ok(())
     }
 
-    /// What these choices are recognised by.
-    pub fn fingerprint(&self) -> Fingerprint {
+    /// A line for each choice, always in the same order.
+    pub fn lines(&self) -> Vec<String> {
         let mut lines: Vec<String> = self.0.iter().map(|choice| format!("{choice:?}")).collect();
         lines.sort();
-        Fingerprint::of(lines)
+        lines
     }
 
     /// Whether there is a choice for it.
