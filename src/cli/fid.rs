@@ -26,6 +26,8 @@ use super::say::{self, note, out};
 
 /// Pictures that are looked at together.
 const CHUNK: usize = 64;
+/// Most sizes of pictures for a network that leaves the size open. It is opened for each.
+const MOST_SIZES: usize = 64;
 
 /// Measure how far the images of a model are from a dataset's: their Fréchet distance (FID).
 #[derive(clap::Args)]
@@ -288,7 +290,19 @@ fn of_size<'a>(
     let place = match networks.iter().position(|network| !network.any_size() || network.size() == size) {
         Some(place) => place,
         None => {
-            networks.push(OnnxNetwork::open(path, wanted, Some(size)).context("--network")?);
+            let other = OnnxNetwork::open(path, wanted, Some(size)).context("--network")?;
+            if let Some(first) = networks.first() {
+                let [a, b] = [first, &other].map(|network| (network.width(), network.size()));
+                let shown = |(width, [h, w]): (usize, [usize; 2])| format!("{width} features of {w}x{h}");
+                ensure!(a.0 == b.0, "--network: {}: it makes {}, {}", path.display(), shown(a), shown(b));
+            }
+            ensure!(
+                networks.len() < MOST_SIZES,
+                "--network: {}: the pictures have more than {MOST_SIZES} sizes, and it takes each as it is; export it with a \
+                 size, to which all are brought",
+                path.display()
+            );
+            networks.push(other);
             networks.len() - 1
         }
     };

@@ -188,7 +188,7 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
         ensure!(sizes(v) == sizes(&data), "{dir}: the validation split is not of the same size");
     }
     let device = ranks.open(&args.device)?;
-    let (mut viewer, warning) = viewer(args, &data, &device).context("--vae")?;
+    let (mut viewer, warning) = viewer(args, &data, &device, ranks.first()).context("--vae")?;
     let Resolved { settings, execution, model, mut notes } = resolve(args, &data, &device, ranks.size())?;
     notes.extend([Some(&data), validation.as_ref()].into_iter().flatten().filter_map(doubt));
     if args.dry_run {
@@ -258,13 +258,19 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
     Ok(outcome)
 }
 
-/// What shows the sample grids, and a warning of it. A GPU's memory for that is taken before the rest is shared out.
-fn viewer(args: &TrainArgs, data: &Dataset, device: &Device) -> anyhow::Result<(Option<Viewer>, Option<String>)> {
+/// What shows the sample grids, and a warning of it. A GPU's memory for that is taken, where grids are made, before the rest
+/// is shared out.
+fn viewer(
+    args: &TrainArgs,
+    data: &Dataset,
+    device: &Device,
+    first: bool,
+) -> anyhow::Result<(Option<Viewer>, Option<String>)> {
     if args.dry_run {
         return Ok((None, None));
     }
     let (mut viewer, warning) = Viewer::of(device, data, &args.data.display().to_string(), args.vae.as_deref())?;
-    if let (Some(viewer), Some(_)) = (&mut viewer, device.runtime()) {
+    if let (Some(viewer), Some(_)) = (&mut viewer, device.runtime().filter(|_| first && args.grid != Some(0))) {
         let [height, width, channels] = data.shape();
         viewer.picture([height, width], &vec![0.0; height * width * channels])?;
     }
@@ -396,6 +402,9 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     // A run that goes on takes as many images at a time as before, so that it rounds in the same way.
     let batch_gpu = args.batch_gpu.or(begun.and_then(|state| state.batch_gpu));
     let mut execution = execution(args, batch_gpu, &settings, device, recipe)?;
+    if args.batch_gpu.is_none() && batch_gpu.is_some() {
+        notes.push(format!("{} images at a time, as before; --batch-gpu sets another number", execution.batch_gpu));
+    }
     execution.batch_gpu = execution.batch_gpu.min(settings.batch.div_ceil(ranks as u64));
     let needed = |n: u64| {
         let memory = plan_on_gpu(&settings, n, &model, device, args.device.math()).ok()?;

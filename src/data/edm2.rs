@@ -4,7 +4,7 @@
 //!
 //! Images are in the order of their names and have no splits. A label is a class; the condition is one-hot.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -96,11 +96,6 @@ impl Archive {
                 let name = &entry(at).name;
                 let class = read.as_ref().and_then(|read| read.get(&**name));
                 classes.push(*class.ok_or_else(|| wrong(format!("it has no label of {name}")))?);
-            }
-            let names: HashSet<&str> = images.iter().map(|&at| &*entry(at).name).collect();
-            let lacking = |name: &&String| !names.contains(name.as_str());
-            if let Some(name) = read.iter().flat_map(HashMap::keys).filter(lacking).min() {
-                return Err(wrong(format!("it has a label of {name}, which is no image of the archive")));
             }
         }
         let condition_dim = classes.iter().max().map_or(0, |&most| most as usize + 1);

@@ -61,7 +61,7 @@ pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError>
     let mut at = 0;
     // What an extension has said of the file that follows it.
     let (mut long_name, mut long_size, mut long_link, mut sparse) = (None, None, None, false);
-    let (mut members, mut places) = (Vec::new(), HashMap::<String, (u64, u64)>::new());
+    let (mut members, mut places) = (Vec::new(), HashMap::<String, usize>::new());
     while at < length {
         let damaged = |what: String| damage(at, what);
         if length - at < BLOCK {
@@ -129,18 +129,18 @@ pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError>
         }
         let content = match kind {
             b'0' | 0 | b'7' if !name.ends_with('/') => Some((offset, size)),
-            b'1' => places.get(&link).copied(),
+            b'1' => places.get(&link).map(|&place| (members[place].offset, members[place].size)),
             _ => None,
         };
-        if let Some(content) = content {
-            places.insert(name.clone(), content);
-            members.push(Member { name, offset: content.0, size: content.1 });
+        if let Some((offset, size)) = content {
+            places.insert(name.clone(), members.len());
+            members.push(Member { name, offset, size });
         }
         // The last member's padding may be missing.
         at = (offset + size.next_multiple_of(BLOCK)).min(length);
     }
-    let last = |member: &Member| places.get(&member.name) == Some(&(member.offset, member.size));
-    members.into_iter().filter(last).for_each(visit);
+    let last = |(place, member): &(usize, Member)| places.get(&member.name) == Some(place);
+    members.into_iter().enumerate().filter(last).for_each(|(_, member)| visit(member));
     Ok(())
 }
 

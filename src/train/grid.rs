@@ -59,8 +59,9 @@ impl GridError {
     /// Whether a later grid may be made all the same.
     pub fn is_passing(&self) -> bool {
         match self {
-            Self::Sample(SampleError::Backend(why)) => why.is_out_of_memory(),
-            Self::Sample(SampleError::NotFinite { .. }) | Self::Codec(_) | Self::Elsewhere { .. } => true,
+            Self::Sample(SampleError::Backend(why)) | Self::Codec(CodecError::Backend(why)) => why.is_out_of_memory(),
+            Self::Sample(SampleError::NotFinite { .. }) | Self::Codec(CodecError::Overflow) => true,
+            Self::Elsewhere { .. } => true,
             _ => false,
         }
     }

@@ -1002,10 +1002,15 @@ fn a_picture_without_a_usable_feature_is_taken_once_it_has_one() {
         prepare(&shop.folder(), &settings, None, &|_| ()).unwrap();
         // The broken picture has no feature at all.
         assert_eq!(adds(), (Some(2), false));
+        if retags {
+            // With the features of before all stays, and the call that made the dataset finds it whole.
+            retag(&shop.folder(), &settings, &|_| ()).unwrap();
+            prepare(&shop.folder(), &settings, None, &|_| ()).unwrap();
+        }
         features(3.0);
         if retags {
             let summary = retag(&shop.folder(), &settings, &|_| ()).unwrap();
-            assert_eq!(summary.skipped, 2, "as good as new");
+            assert_eq!(summary.skipped, 1, "as good as new");
         }
         assert_eq!((adds(), adds()), ((Some(1), true), (Some(1), true)));
         fs::remove_dir_all(&settings.out).unwrap();

@@ -157,8 +157,9 @@ fn damage_is_named() {
     };
     write(&path, &images, Some(labels(&names[..8])), false);
     refuses("entry dataset.json: it has no label of 00001/img00000008.png");
+    // Labels of images that somebody took out do no harm.
     write(&path, &images[..8], Some(labels(&names)), false);
-    refuses("entry dataset.json: it has a label of 00001/img00000008.png, which is no image of the archive");
+    assert_eq!(data_at(&path).len(), 8);
     let latents =
         |name: &str, width: usize| (name.to_owned(), npy(&format!("(8, 2, {width})"), &vec![0.0; 16 * width]));
     for second in [images[0].clone(), latents("b.npy", 4)] {

@@ -727,7 +727,8 @@ fn resuming_with_other_options_says_which() {
         succeed(&mut place.train("pieces", &options))
     };
     longer(8, "--batch-gpu 4");
-    assert!(!longer(16, "").contains("images at a time"));
+    let said = longer(16, "");
+    assert!(said.contains("4 images at a time, as before") && !said.contains("warning"), "{said}");
     assert!(
         longer(24, "--batch-gpu 2").contains("warning: 4 images at a time so far, 2 from here: it rounds otherwise")
     );
@@ -1229,14 +1230,14 @@ fn a_second_ctrl_c_quits_at_once() {
 fn a_second_ctrl_c_quits_where_nobody_reads_what_is_printed() {
     let place = Place::new();
     let (reader, writer) = std::io::pipe().unwrap();
-    // The same pipe, which this process alone does not wait for.
-    let pipe = format!("/proc/self/fd/{}", writer.as_raw_fd());
-    let mut filler = fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(pipe).unwrap();
     let mut command = place.train("run", &ENDLESS.replace("--status 0", "--status 8"));
     heeding(&mut command, None).stdout(writer.try_clone().unwrap()).stderr(writer);
     let mut child = command.spawn().unwrap();
     drop(command);
     assert!(BufReader::new(&reader).lines().any(|line| line.unwrap().contains("images/s")), "under way");
+    // The same pipe, which this process alone does not wait for.
+    let pipe = format!("/proc/self/fd/{}", reader.as_raw_fd());
+    let mut filler = fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(pipe).unwrap();
     // To the last byte: whatever the run prints from here on, it waits.
     let filled = loop {
         if let Err(why) = filler.write(b".") {

@@ -181,9 +181,16 @@ fn check_conditions(there: &Shard, new: &Header) -> Result<(), PrepareError> {
     Err(PrepareError::OtherSettings { path, what, found: show(old), now: show(new) })
 }
 
+/// Whether a picture was dropped for want of a feature that it has now.
+fn has_feature_now(dropped: &Dropped, conditions: &Conditions) -> bool {
+    let Conditions::Known(features) = conditions else { return false };
+    dropped.drop == Drop::NoFeature && features.get(dropped.id).is_some_and(|values| feature(values).is_ok())
+}
+
 /// Gives all images the tags that the records have by now, and new conditions: made of these tags, or the features of
 /// [`Settings::features`]. If the conditions are features and no new ones are given, they stay as they are. The
-/// vocabulary is counted anew, on the dataset's records. Nothing is decoded or encoded; disk space for all shards again is needed meanwhile.
+/// vocabulary is counted anew, on the dataset's records. Nothing is decoded or encoded; disk space for all shards again is
+/// needed meanwhile.
 ///
 /// # Errors
 /// As [`prepare`](super::prepare()); an image has no record, or no feature.
@@ -214,12 +221,10 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     }
     let advice = "if only its file was written anew, an empty folder of images will do: no picture is needed";
     let places: HashMap<i64, usize> = listing.records.iter().enumerate().map(|(i, record)| (record.id, i)).collect();
-    let new_features = matches!(conditions, Conditions::Known(_));
     let mut members = HashSet::new();
     compare(&there, &listing.records, &places, advice, report, |_, shard, notes| {
         members.extend(&shard.ids);
-        let dropped = notes.dropped.iter().filter(|of| of.drop != Drop::NoFeature || !new_features);
-        members.extend(dropped.map(|dropped| dropped.id));
+        members.extend(notes.dropped.iter().filter(|dropped| !has_feature_now(dropped, &conditions)).map(|of| of.id));
     })?;
     let listed = listing.records.len();
     listing.records.retain(|record| members.contains(&record.id));
@@ -310,10 +315,8 @@ impl Tagged<'_> {
             rows.push(&ShardImage { id, image, shape, condition: &condition, tags: &tags, flip, repeats });
         }
         let mut notes = Notes::read(&shard.file)?;
-        if matches!(self.conditions, Conditions::Known(_)) {
-            // They may have a feature now, which adding finds out.
-            notes.dropped.retain(|dropped| dropped.drop != Drop::NoFeature);
-        }
+        // Adding takes them.
+        notes.dropped.retain(|dropped| !has_feature_now(dropped, self.conditions));
         for key in ["records", "vocabulary", "features", "tagger"] {
             match self.made_with.get(key) {
                 Some(value) => notes.settings.insert(key.into(), value.clone()),

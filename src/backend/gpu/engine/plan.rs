@@ -14,8 +14,8 @@
 use super::super::runtime::Graph;
 use super::*;
 
-/// Most plans that are kept: the ones that were used last. Each number of steps is a plan, and a server is asked for ever
-/// new ones. In training each number of images of each size is one.
+/// Most plans that are kept besides those of training: the ones that were used last. Each number of steps is a plan,
+/// and a server is asked for ever new ones. Training comes back to all of its plans in each step.
 const MOST_PLANS: usize = 64;
 
 /// What a plan costs.
@@ -133,8 +133,9 @@ impl<P> Gpu<P> {
             Ok(Tensor::new(shape, format, None, Buffer::Own(memory)))
         };
         let results = plan.outputs.iter().map(result).collect::<Result<Vec<_>, DeviceError>>();
-        if self.plans.len() >= MOST_PLANS {
-            self.plans.remove(0);
+        let others: Vec<usize> = (0..self.plans.len()).filter(|&place| !self.plans[place].accumulates).collect();
+        if others.len() >= MOST_PLANS {
+            self.plans.remove(others[0]);
         }
         self.plans.push(plan);
         Ok(results.map_err(BackendError::from))
