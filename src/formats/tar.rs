@@ -61,7 +61,7 @@ pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError>
     let mut at = 0;
     // What an extension has said of the file that follows it.
     let (mut long_name, mut long_size, mut long_link, mut sparse) = (None, None, None, false);
-    let (mut members, mut places) = (Vec::new(), HashMap::<String, usize>::new());
+    let (mut members, mut places) = (Vec::<Member>::new(), HashMap::<String, usize>::new());
     while at < length {
         let damaged = |what: String| damage(at, what);
         if length - at < BLOCK {
