@@ -432,9 +432,10 @@ mod tests {
     #[test]
     fn a_job_is_given_up_when_it_runs_and_nobody_asks_about_any() {
         let queue = |unasked| Queue::new(Capacity { unasked, ..Capacity::default() }, 0);
+        let model = model();
         let submit = |queue: &Queue| {
             let body = RequestBody::default();
-            queue.submit(CheckedRequest::new(body, model()).unwrap()).unwrap()
+            queue.submit(CheckedRequest::new(body, model.clone()).unwrap()).unwrap()
         };
         let later = || std::thread::sleep(Duration::from_millis(10));
 
