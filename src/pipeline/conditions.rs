@@ -1,6 +1,6 @@
 //! Where conditions come from: tags, pictures, datasets, files, and the condition model.
 
-use std::path::{Path, PathBuf};
+use std::path::{Path, PathBuf, absolute};
 
 use serde_json::{Map, Value, json};
 
@@ -110,7 +110,9 @@ impl Condition {
     pub fn of_image(data: &Dataset, i: usize, dir: &Path, split: Split) -> Self {
         let mut values = vec![0.0; data.condition_dim()];
         data.condition(i, &mut values);
-        let (dir, split, tags) = (name(dir), split.to_string(), data.vocabulary().words(data.tags(i)));
+        // "." has no name of its own.
+        let dir = name(&absolute(dir).unwrap_or_else(|_| dir.into()));
+        let (split, tags) = (split.to_string(), data.vocabulary().words(data.tags(i)));
         let origin =
             [("dataset", dir.into()), ("id", data.id(i).into()), ("split", split.into()), ("tags", tags.into())];
         Self::new(values, origin)

@@ -687,10 +687,10 @@ fn conditions_come_from_files_and_datasets() {
     safetensors::write(bench.path("c.safetensors"), &[("x", Dtype::F32, &[3, 5], &values)], &HashMap::new()).unwrap();
     fs::write(bench.path("c.npy"), npy_file("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 5), }", &values))
         .unwrap();
-    bench.sample("--outdir a --conditions c.safetensors").success();
+    bench.sample(&format!("--outdir a --conditions {}", bench.path("c.safetensors").display())).success();
     bench.sample("--outdir b --conditions c.npy").success();
     bench.sample("--outdir t --tags cat --tags dog --tags heart").success();
-    assert_eq!(bench.about("a/000002.png")["condition"]["row"], 2);
+    assert_eq!(bench.about("a/000002.png")["condition"], json!({"file": "c.safetensors", "row": 2}));
     let pixels = |name: &str| image::open(bench.path(name)).unwrap();
     for image in ["000000.png", "000001.png", "000002.png"] {
         assert!(pixels(&format!("a/{image}")) == pixels(&format!("b/{image}")));
@@ -704,7 +704,12 @@ fn conditions_come_from_files_and_datasets() {
     bench.fails("--outdir d --row nowhere", "expected DATASET:ID");
     let emoji = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/emoji");
     bench.fails(&format!("--outdir d --row {}:-7", emoji.display()), "has the id -7");
-    let id = Dataset::open(&emoji, Split::Train).unwrap().id(0);
+    let data = Dataset::open(&emoji, Split::Train).unwrap();
+    let id = data.id(0);
+    for dir in [emoji.clone(), emoji.join(".")] {
+        let origin = Condition::of_image(&data, 0, &dir, Split::Train).origin;
+        assert_eq!(origin["dataset"], "emoji", "where it lies is nobody else's business");
+    }
     bench.fails(
         &format!("--outdir d --row {}:{id}", emoji.display()),
         "its conditions are 64 wide, those of m.safetensors are 5 wide",
