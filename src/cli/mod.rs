@@ -24,7 +24,7 @@ pub mod verify;
 use std::io::ErrorKind;
 use std::path::Path;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow, bail, ensure};
 
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
 use edm2k::formats::Claim;
@@ -65,12 +65,24 @@ impl DeviceArgs {
         Math { precision, accum: self.accum, conv_loop: self.conv_loop }
     }
 
+    /// The device that they opened, unless it ignores some of them. `train --dry-run` is not asked: on a CPU too, it plans for
+    /// GPUs.
+    ///
+    /// # Errors
+    /// It is the CPU, and one of them is of GPUs.
+    pub fn heeded(&self, device: Device) -> anyhow::Result<Device> {
+        for (option, given) in [("--accum", self.accum.is_some()), ("--conv-loop", self.conv_loop.is_some())] {
+            ensure!(!given || device.runtime().is_some(), "{option} is for GPUs, but the CPU computes");
+        }
+        Ok(device)
+    }
+
     /// Opens the device; with `auto`, says on stderr which GPU was taken, and why not one before it, or none.
     ///
     /// # Errors
     /// The device is not there, or this program was built without what it needs.
     pub fn open(&self) -> anyhow::Result<Device> {
-        self.open_as(self.device)
+        self.heeded(self.open_as(self.device)?)
     }
 
     /// The same of the device `name` instead of the one that was asked for.

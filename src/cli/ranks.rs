@@ -101,7 +101,7 @@ impl Ranks {
     /// As [`DeviceArgs::open`]; there are fewer cards than ranks, two of them have one card, or they have different kinds of
     /// devices.
     pub fn open(&mut self, args: &DeviceArgs) -> anyhow::Result<Device> {
-        let Some(World { local, .. }) = self.world else { return args.open() };
+        let Some(World { local, .. }) = self.world else { return args.open_as(args.device) };
         let device = match args.device {
             DeviceName::Auto | DeviceName::Cuda(0) => match Device::cards() {
                 // There is no card, or only the one that the launcher lets this rank see.

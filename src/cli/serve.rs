@@ -1,6 +1,6 @@
 //! `edm2k serve`: a page and an API.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 
 use edm2k::serve::{Files, Options, serve};
@@ -50,8 +50,8 @@ pub struct ServeArgs {
     /// Directory that all pictures are also written to
     #[arg(long, value_name = "DIR")]
     outdir: Option<PathBuf>,
-    /// Address and port
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7860")]
+    /// Address or name of this machine, and port; a port alone is one of 127.0.0.1
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:7860", value_parser = parse_listen)]
     listen: SocketAddr,
     /// Name that it is reached by, beside addresses and localhost; repeatable
     #[arg(long = "host", value_name = "NAME")]
@@ -64,6 +64,15 @@ pub struct ServeArgs {
     batch: u16,
     #[command(flatten)]
     device: DeviceArgs,
+}
+
+/// The first address that a name has.
+fn parse_listen(text: &str) -> Result<SocketAddr, String> {
+    if let Ok(port) = text.parse() {
+        return Ok((Ipv4Addr::LOCALHOST, port).into());
+    }
+    let mut found = text.to_socket_addrs().map_err(|why| format!("{why}, expected such as localhost:7860"))?;
+    found.next().ok_or_else(|| "it has no address".into())
 }
 
 /// Serves until it is told to stop.
@@ -92,4 +101,22 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
     requests.begin();
     serve(options, device, requests.stop, &mut |text| note!("{text}"))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_listen;
+
+    #[test]
+    fn one_listens_at_addresses_names_and_ports() {
+        for (text, address) in [("0.0.0.0:80", "0.0.0.0:80"), ("[::1]:7860", "[::1]:7860"), ("7883", "127.0.0.1:7883")]
+        {
+            assert_eq!(parse_listen(text).unwrap().to_string(), address);
+        }
+        let named = parse_listen("localhost:7883").unwrap();
+        assert!(named.ip().is_loopback() && named.port() == 7883, "{named}");
+        for text in ["localhost", "70000", "127.0.0.1"] {
+            assert!(parse_listen(text).unwrap_err().contains("expected such as localhost:7860"));
+        }
+    }
 }

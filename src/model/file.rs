@@ -119,6 +119,12 @@ impl ModelMeta {
         }
     }
 
+    /// Whether the network has never seen an image without its condition, as far as the file says. Then guidance has nothing to
+    /// lead away from but another condition, or what another network makes.
+    pub fn is_always_conditional(&self, config: &Config) -> bool {
+        config.label_dim > 0 && self.cond_dropout == Some(0.0)
+    }
+
     /// What the conditions mean. A network of which only the config is known is not known to be conditioned by tags.
     pub fn meaning(&self) -> Meaning {
         let unsaid = self.conditioning == Conditioning::Tags && self.vocabulary.is_empty();

@@ -1,6 +1,6 @@
 //! Where conditions come from: tags, pictures, datasets, files, and the condition model.
 
-use std::path::{Path, PathBuf};
+use std::path::{Path, PathBuf, absolute};
 
 use serde_json::{Map, Value, json};
 
@@ -81,24 +81,19 @@ impl Condition {
     }
 
     /// The condition at a share of the way from one to another, along the great circle between them. Where one of them
-    /// is zero, or both are the same, the way is a straight line. Guidance leads away from what the first condition
-    /// names.
+    /// is zero, or both are the same, the way is a straight line. What guidance leads away from goes the same way.
     ///
     /// # Errors
-    /// [`ConditionError::Mismatch`] if they are not equally wide.
+    /// [`ConditionError::Mismatch`] if they are not equally wide; [`ConditionError::OneNegative`] if guidance leads one of
+    /// them away from a condition of its own, and the other not.
     pub fn between(from: &Self, to: &Self, share: f64) -> Result<Self> {
         to.as_wide_as(from)?;
-        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-        let norms = (dot(&from.values, &from.values) * dot(&to.values, &to.values)).sqrt();
-        let angle = (dot(&from.values, &to.values) / norms.max(f64::MIN_POSITIVE)).clamp(-1.0, 1.0).acos();
-        let (a, b) = match angle.sin() {
-            sin if norms > 0.0 && sin > 1e-3 => (((1.0 - share) * angle).sin() / sin, (share * angle).sin() / sin),
-            _ => (1.0 - share, share),
-        };
-        let sum = |(x, y): (&f32, &f32)| (a * f64::from(*x) + b * f64::from(*y)) as f32;
-        let values = from.values.iter().zip(&to.values).map(sum).collect();
+        if from.away.is_empty() != to.away.is_empty() {
+            return Err(ConditionError::OneNegative);
+        }
         let origin = [("from", json!(from.origin)), ("to", json!(to.origin)), ("share", share.into())];
-        Ok(Self { away: from.away.clone(), ..Self::new(values, origin) })
+        let away = on_the_way(&from.away, &to.away, share);
+        Ok(Self { away, ..Self::new(on_the_way(&from.values, &to.values, share), origin) })
     }
 
     /// Conditions of one model are equally wide.
@@ -115,7 +110,9 @@ impl Condition {
     pub fn of_image(data: &Dataset, i: usize, dir: &Path, split: Split) -> Self {
         let mut values = vec![0.0; data.condition_dim()];
         data.condition(i, &mut values);
-        let (dir, split, tags) = (dir.display().to_string(), split.to_string(), data.vocabulary().words(data.tags(i)));
+        // "." has no name of its own.
+        let dir = name(&absolute(dir).unwrap_or_else(|_| dir.into()));
+        let (split, tags) = (split.to_string(), data.vocabulary().words(data.tags(i)));
         let origin =
             [("dataset", dir.into()), ("id", data.id(i).into()), ("split", split.into()), ("tags", tags.into())];
         Self::new(values, origin)
@@ -154,6 +151,8 @@ pub enum ConditionError {
     Class { model: PathBuf, class: usize, classes: usize },
     #[error("the weighted sum of these conditions is zero")]
     Nothing,
+    #[error("one of two conditions has a negative and the other none, expected both or neither")]
+    OneNegative,
     #[error("\"{text}\" has no tag")]
     NoTag { text: String },
     #[error("{name}: {why}")]
@@ -278,7 +277,8 @@ impl Pipeline {
         let invented = vae.invent(&tags, 1, seed);
         let origin =
             [("asked", &tags), ("tags", &invented.tags[0])].map(|(key, tags)| (key, vocabulary.text(tags).into()));
-        Ok(Condition::new(invented.conditions, origin).named("condition_model", name(path)))
+        let condition = Condition::new(invented.conditions, origin).named("condition_seed", seed);
+        Ok(condition.named("condition_model", name(path)))
     }
 
     /// Conditions that the condition model invents with the noise of `seed`.
@@ -303,11 +303,12 @@ impl Pipeline {
     /// # Errors
     /// [`ConditionError`]: no tagger, no picture, or no features.
     pub fn like(&mut self, path: impl AsRef<Path>) -> Result<Condition> {
-        let name = path.as_ref().display().to_string();
-        let image = decode::open(path.as_ref(), Tagger::BACKGROUND);
-        let image = image.map_err(|why| ConditionError::Picture { name: name.clone(), why: why.into() })?;
-        self.warnings.extend(image.warning(&name));
-        self.like_picture(&image.picture, &name)
+        let path = path.as_ref();
+        let shown = path.display().to_string();
+        let image = decode::open(path, Tagger::BACKGROUND);
+        let image = image.map_err(|why| ConditionError::Picture { name: shown.clone(), why: why.into() })?;
+        self.warnings.extend(image.warning(&shown));
+        Ok(self.like_picture(&image.picture, &shown)?.named("like", name(path)))
     }
 
     /// As [`Pipeline::like`], for a picture in memory that is called `shown`.
@@ -409,7 +410,7 @@ impl Pipeline {
             if features && !unit_norm(values) {
                 return wrong(row, "is zero, which is no feature");
             }
-            let origin = [("file", path.display().to_string().into()), ("row", row.into())];
+            let origin = [("file", name(path).into()), ("row", row.into())];
             conditions.push(Condition::new(values.to_vec(), origin));
         }
         Ok(conditions)
@@ -422,6 +423,18 @@ impl Pipeline {
             width => Ok(width),
         }
     }
+}
+
+/// The vector at a share of the way from one to another; see [`Condition::between`].
+fn on_the_way(from: &[f32], to: &[f32], share: f64) -> Vec<f32> {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    let norms = (dot(from, from) * dot(to, to)).sqrt();
+    let angle = (dot(from, to) / norms.max(f64::MIN_POSITIVE)).clamp(-1.0, 1.0).acos();
+    let (a, b) = match angle.sin() {
+        sin if norms > 0.0 && sin > 1e-3 => (((1.0 - share) * angle).sin() / sin, (share * angle).sin() / sin),
+        _ => (1.0 - share, share),
+    };
+    from.iter().zip(to).map(|(x, y)| (a * f64::from(*x) + b * f64::from(*y)) as f32).collect()
 }
 
 /// The tags of a text; an error if it has none.

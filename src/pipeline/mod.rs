@@ -35,7 +35,9 @@ pub use images::Spent;
 pub use images::{Image, Images, Step};
 #[doc(hidden)]
 pub use output::{Kept, OutDir, OutputError};
-pub use request::{Beginning, NotTwo, Request};
+#[cfg(feature = "serve")]
+pub(crate) use request::enough_seeds;
+pub use request::{Beginning, FewSeeds, NotTwo, Request};
 pub use viewer::Viewer;
 
 use crate::backend::{BackendError, NetworkBackend};
@@ -91,6 +93,14 @@ pub enum PipelineError {
     #[error("{0}")]
     NotTwo(#[from] NotTwo),
     #[error("{0}")]
+    FewSeeds(#[from] FewSeeds),
+    #[error("a negative does nothing at guidance 1, which leads away from nothing")]
+    UnusedNegative,
+    #[error("{} guides and takes no condition, so a negative does nothing", guide.display())]
+    NegativeOfGuide { guide: PathBuf },
+    #[error("{} does nothing at guidance 1, which leads away from nothing", guide.display())]
+    UnusedGuide { guide: PathBuf },
+    #[error("{0}")]
     Backend(#[from] BackendError),
     #[error("latents have no picture")]
     NoPicture,
@@ -111,6 +121,8 @@ pub struct Pipeline {
     meta: ModelMeta,
     net: Precond,
     guide: Option<PathBuf>,
+    /// Whether that network takes conditions.
+    guide_is_conditional: bool,
     /// The model, and the network that guides it, until they are on the device.
     weights: Vec<Model>,
     network: Option<Box<dyn PlacedNetwork>>,
@@ -139,6 +151,7 @@ impl Pipeline {
             meta: model.meta.clone(),
             net: model.net.clone(),
             guide: None,
+            guide_is_conditional: false,
             weights: vec![model],
             network: None,
             codec: None,
@@ -161,6 +174,7 @@ impl Pipeline {
         let theirs = Domain::of_model(&guide.net.config, &guide.meta);
         theirs.check(path.display(), &self.domain(), self.path.display())?;
         self.guide = Some(path.into());
+        self.guide_is_conditional = guide.net.config.label_dim > 0;
         self.weights.push(guide);
         Ok(self)
     }
@@ -202,7 +216,7 @@ impl Pipeline {
     /// # Errors
     /// [`PipelineError`]: it cannot be read, is of another shape, or there is no autoencoder to encode it.
     pub fn beginning(&mut self, path: impl AsRef<Path>, size: [usize; 2]) -> Result<Beginning, PipelineError> {
-        let (path, name) = (path.as_ref(), path.as_ref().display().to_string());
+        let (path, shown) = (path.as_ref(), path.as_ref().display().to_string());
         let [height, width] = size;
         if path.extension().is_some_and(|extension| extension == "safetensors") {
             let (file, channels) = (SafeFile::open(path)?, self.net.config.img_channels);
@@ -213,11 +227,11 @@ impl Pipeline {
                 return Err(PipelineError::Shape { path: path.into(), found: found.to_vec(), expected });
             }
             let values = transposed(&file.finite_f32(tensor)?, height * width).collect();
-            return Ok(Beginning { values, name });
+            return Ok(Beginning { values, name: name(path) });
         }
         let wrong = |why: PictureError| PipelineError::Picture { path: path.into(), why: why.into() };
         let image = decode::open(path, decode::WHITE).map_err(wrong)?;
-        self.warnings.extend(image.warning(&name));
+        self.warnings.extend(image.warning(&shown));
         let codec = match (self.meta.encoder, &self.codec) {
             (ImageSpace::Rgb, _) => None,
             (ImageSpace::SdVae, Some(path)) => Some(CodecFile::open(path)?),
@@ -227,7 +241,7 @@ impl Pipeline {
         let target = Size { width: (width * factor) as u32, height: (height * factor) as u32 };
         let crop = fit::crop(image.picture.size(), target);
         if crop.lost > 0.2 {
-            self.warnings.push(format!("{name}: {:.0} % of it is cut off to fit it to {target}", 100.0 * crop.lost));
+            self.warnings.push(format!("{shown}: {:.0} % of it is cut off to fit it to {target}", 100.0 * crop.lost));
         }
         let picture = fit::fit(image.picture, crop, target).map_err(wrong)?;
         let values = match codec {
@@ -237,7 +251,7 @@ impl Pipeline {
                 mean
             }
         };
-        Ok(Beginning { values, name })
+        Ok(Beginning { values, name: name(path) })
     }
 
     /// Warnings since the last call, such as that something stands in for something else.
@@ -248,7 +262,7 @@ impl Pipeline {
     /// Whether the model has never seen an image without its condition, as far as its file says, and there is no other network.
     /// Then guidance has nothing to lead away from but negative prompts, and pictures get worse by it.
     pub fn cannot_guide(&self) -> bool {
-        self.net.config.label_dim > 0 && self.guide.is_none() && self.meta.cond_dropout == Some(0.0)
+        self.guide.is_none() && self.meta.is_always_conditional(&self.net.config)
     }
 
     /// The device that computes.
@@ -302,6 +316,15 @@ impl Pipeline {
         request.sampler.validate()?;
         config.check_size(size[0], size[1]).map_err(SampleError::from)?;
         request.check_counts(config.label_dim, size[0] * size[1] * config.img_channels)?;
+        let (negative, guided) = (request.has_negative(), request.sampler.guidance != 1.0);
+        match self.guide.clone() {
+            Some(guide) if !guided => return Err(PipelineError::UnusedGuide { guide }),
+            Some(guide) if negative && !self.guide_is_conditional => {
+                return Err(PipelineError::NegativeOfGuide { guide });
+            }
+            None if negative && !guided => return Err(PipelineError::UnusedNegative),
+            _ => {}
+        }
         let images = request.seeds.len().min(request.batch);
         check_forward(&self.device, config, size, images, request.sampler.copies(self.guide.is_none()))?;
         self.viewer.iter().chain(&self.preview).try_for_each(|viewer| viewer.check(size))?;

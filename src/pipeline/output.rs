@@ -171,6 +171,10 @@ impl OutDir {
             }
             Ok(picture.save(&path, &text_of(&about))?)
         };
+        if self.overwrite {
+            // Those that are there are of another picture.
+            drop(fs::remove_file(self.dir.join(steps_name(own))));
+        }
         image.picture.iter().try_for_each(|picture| save(picture, picture_name(own)))?;
         if steps.is_empty() { Ok(()) } else { save(&Picture::grid(steps, steps.len()), steps_name(own)) }
     }

@@ -9,7 +9,7 @@ use crate::sample::{SampleError, SamplerConfig};
 /// What is to be made.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// The images take these in turn; without any they are unconditional.
+    /// The images take these in turn, and reach the last; without any they are unconditional.
     pub conditions: Vec<Condition>,
     /// Images of each condition before the next one, 1 at least.
     pub per_condition: usize,
@@ -49,10 +49,15 @@ impl Request {
         number.checked_div(self.per_condition)?.checked_rem(self.conditions.len())
     }
 
+    /// Whether guidance is to lead an image away from a condition of its own.
+    pub(super) fn has_negative(&self) -> bool {
+        self.conditions.iter().any(|condition| !condition.away.is_empty())
+    }
+
     /// A row of `count` images on the way from the first to the second of two conditions, of two seeds, or of both.
     ///
     /// # Errors
-    /// [`PipelineError::NotTwo`]; or [`PipelineError::Condition`] if the conditions are not equally wide.
+    /// [`PipelineError::NotTwo`]; or [`PipelineError::Condition`], see [`Condition::between`].
     pub fn interpolated(mut self, count: usize) -> Result<Self, PipelineError> {
         let (conditions, seeds) = (self.conditions.len(), self.seeds.len());
         if !matches!((conditions, seeds), (2, 1 | 2) | (0 | 1, 2)) {
@@ -84,8 +89,8 @@ impl Request {
         about
     }
 
-    /// Checks that conditions have the network's width, what they begin from as many values, and that there are as many
-    /// other seeds as images.
+    /// Checks that conditions have the network's width, what they begin from as many values, that each condition has an
+    /// image, and that there are as many other seeds as images.
     pub(super) fn check_counts(&self, label_dim: usize, values: usize) -> Result<(), PipelineError> {
         let setting = |name, found, expected: &str| SampleError::Setting { name, found, expected: expected.into() };
         for (name, count) in [("per_condition", self.per_condition), ("batch", self.batch)] {
@@ -93,6 +98,7 @@ impl Request {
                 return Err(setting(name, count.to_string(), "1 at least").into());
             }
         }
+        enough_seeds(self.conditions.len(), self.per_condition, self.seeds.len())?;
         let expected = label_dim;
         for (number, Condition { values, away, .. }) in self.conditions.iter().enumerate() {
             let away = Some(away).filter(|away| !away.is_empty());
@@ -114,6 +120,27 @@ impl Request {
             _ => Ok(()),
         }
     }
+}
+
+/// Fails if the seeds do not reach the last of the conditions, of which each takes `per_condition`.
+pub(crate) fn enough_seeds(conditions: usize, per_condition: usize, seeds: usize) -> Result<(), FewSeeds> {
+    let least = conditions.saturating_sub(1).saturating_mul(per_condition);
+    if conditions < 2 || seeds > least { Ok(()) } else { Err(FewSeeds { conditions, per_condition, seeds }) }
+}
+
+/// Some conditions would get no image, as there are too few seeds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{conditions} conditions, {per_condition} images of each, and {seeds} seeds, so that some conditions get no image; \
+     expected {} seeds, or fewer conditions", conditions.saturating_mul(*per_condition)
+)]
+pub struct FewSeeds {
+    /// Conditions given.
+    pub conditions: usize,
+    /// Images of each before the next one.
+    pub per_condition: usize,
+    /// Seeds given.
+    pub seeds: usize,
 }
 
 /// There are not two things to interpolate between.

@@ -159,12 +159,6 @@ impl SamplerConfig {
         number((0.1..=100.0).contains(&self.rho), "rho", self.rho, "0.1 to 100")?;
         number(self.strength > 0.0 && self.strength <= 1.0, "strength", self.strength, "a number above 0, up to 1")?;
         number(self.guidance.abs() <= 1e6, "guidance", self.guidance, "-1000000 to 1000000")?;
-        if let Some((low, high)) = self.guidance_interval {
-            let found = format!("{},{}", short(low), short(high));
-            // JSON has no infinity.
-            let ok = 0.0 <= low && low < high && high.is_finite();
-            check(ok, "guidance interval", found, "finite numbers, 0 <= low < high")?;
-        }
         let Churn { s_churn, s_min, s_max, s_noise } = self.churn;
         number(s_churn >= 0.0 && s_churn.is_finite(), "S_churn", s_churn, "a number from 0")?;
         number(s_min >= 0.0 && s_min.is_finite(), "S_min", s_min, "a number from 0")?;
@@ -172,6 +166,19 @@ impl SamplerConfig {
         number((0.0..=1e6).contains(&s_noise), "S_noise", s_noise, "0 to 1000000")?;
         if self.solver == Solver::Dpmpp2m {
             number(s_churn == 0.0, "S_churn", s_churn, "0 with dpmpp_2m, which adds no noise (heun and euler do)")?;
+        }
+        let used = s_churn > 0.0 || self.churn == Churn::NONE;
+        number(used, "S_churn", s_churn, "more than 0 where S_min, S_max or S_noise is given")?;
+        if let Some((low, high)) = self.guidance_interval {
+            let found = format!("{},{}", short(low), short(high));
+            // JSON has no infinity.
+            let ok = 0.0 <= low && low < high && high.is_finite();
+            check(ok, "guidance interval", found.clone(), "finite numbers, 0 <= low < high")?;
+            let levels = levels(self);
+            let used = self.guidance == 1.0 || levels.iter().any(|&sigma| self.guides(sigma));
+            let [first, last] = [levels[0], levels[levels.len() - 1]].map(|level| level as f32);
+            let expected = format!("at least one of the steps' noise levels, {first} to {last}");
+            check(used, "guidance interval", found, &expected)?;
         }
         Ok(())
     }

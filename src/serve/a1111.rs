@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 use super::Server;
 use super::api::{Input, finished};
 use super::queue::{JobView, Stage};
-use super::request::{MAX_IMAGES, Offer, Refusal, RequestBody};
+use super::request::{MAX_IMAGES, Offer, Refusal, RequestBody, SamplerBody};
 use crate::sample::{SamplerConfig, Solver};
 
 type App = State<Arc<Server>>;
@@ -51,7 +51,7 @@ struct TextToImage {
     negative_prompt: String,
     seed: i64,
     steps: usize,
-    cfg_scale: f64,
+    cfg_scale: Option<f64>,
     width: Option<usize>,
     height: Option<usize>,
     batch_size: usize,
@@ -66,13 +66,12 @@ struct TextToImage {
 
 impl Default for TextToImage {
     fn default() -> Self {
-        let SamplerConfig { steps, guidance, .. } = SamplerConfig::default();
         Self {
             prompt: String::new(),
             negative_prompt: String::new(),
             seed: -1,
-            steps,
-            cfg_scale: guidance,
+            steps: SamplerConfig::default().steps,
+            cfg_scale: None,
             width: None,
             height: None,
             batch_size: 1,
@@ -133,6 +132,9 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
     let last = first.saturating_add(images as u64 - 1);
     let side = |pixels: Option<usize>| pixels.map(|pixels| pixels.div_ceil(offer.factor));
     let has_tags = asked.prompt.split(',').any(|tag| !tag.trim().is_empty());
+    let usual = SamplerConfig::default();
+    let (solver, guidance) = (solver(sampler_name)?, asked.cfg_scale.unwrap_or(usual.guidance));
+    let config = SamplerConfig { solver, steps: asked.steps, guidance, ..usual };
     let wanted = RequestBody {
         model: Some(offer.name.clone()),
         tags: if has_tags { vec![asked.prompt.clone()] } else { Vec::new() },
@@ -140,18 +142,13 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
         seeds: Some(format!("{first}-{last}")),
         width: side(asked.width),
         height: side(asked.height),
-        sampler: SamplerConfig {
-            solver: solver(sampler_name)?,
-            steps: asked.steps,
-            guidance: asked.cfg_scale,
-            ..SamplerConfig::default()
-        },
+        sampler: SamplerBody { config, says_guidance: asked.cfg_scale.is_some() },
         ..RequestBody::default()
     };
-    let sampler = wanted.sampler.clone();
     let job = app.submit(wanted).await?;
     let JobView { mut pictures, .. } = finished(&job).await?;
     pictures.sort_by_key(|made| made.index);
+    let sampler = &job.request.sampler;
     let [height, width] = job.request.size.map(|side| side * offer.factor);
     let ignored: Vec<&String> =
         asked.others.iter().filter(|(_, value)| says_something(value)).map(|(key, _)| key).collect();

@@ -73,6 +73,7 @@ use crate::codec::{CodecError, CodecFile};
 use crate::condition::Conditioning;
 use crate::condition::vae::{Vae, VaeError};
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
+use crate::formats::{DirLock, LockError};
 use crate::model::{ImageSpace, ModelError, ModelFile};
 use crate::pipeline::{Domain, PipelineError};
 use crate::system;
@@ -151,6 +152,8 @@ pub enum ServeError {
     Listen { address: SocketAddr, cause: io::Error },
     #[error("{}: {cause}", path.display())]
     Directory { path: PathBuf, cause: io::Error },
+    #[error("{0}")]
+    Lock(#[from] LockError),
     #[error("{}: its images are latents, which need an autoencoder (--vae)", model.display())]
     NoCodec { model: PathBuf },
     #[error("{}: its images have {channels} channels, of which no picture is made", model.display())]
@@ -313,8 +316,13 @@ pub fn serve(
         |cause| ServeError::Directory { path, cause }
     };
     let runs = options.runs.map(|dir| Runs::new(dir.clone()).map_err(directory(&dir))).transpose()?;
-    // Job numbers go on from there, so that pictures in an outdir are never replaced.
+    // Job numbers go on from the last one there, and no other process adds to it, so that pictures are never replaced.
+    let lock = options.outdir.as_deref().map(DirLock::exclusive).transpose()?;
+    lock.iter().filter_map(DirLock::warning).for_each(|warning| say(&format!("warning: {warning}")));
     let last = options.outdir.as_ref().map(|dir| last_number(dir).map_err(directory(dir))).transpose()?;
+    let usual = Capacity::default();
+    // What is written is wanted, whoever asks for it.
+    let limits = Capacity { unasked: usual.unasked.filter(|_| lock.is_none()), ..usual };
     let shelf = Shelf::new(&options.files)?;
     let offers = shelf.offers(&options.files)?;
     // This comes before the models are opened, so that a taken port is known at once.
@@ -332,7 +340,7 @@ pub fn serve(
         offers,
         shelf,
         snapshots: Mutex::default(),
-        queue: Queue::new(Capacity::default(), last.unwrap_or(0)),
+        queue: Queue::new(limits, last.unwrap_or(0)),
         guard,
         runs,
         chosen: AtomicUsize::new(0),
@@ -365,9 +373,8 @@ impl Drop for Closes {
     }
 }
 
-/// The highest number of a job in the names of a directory's pictures; makes the directory.
+/// The highest number of a job in the names of a directory's pictures.
 fn last_number(dir: &Path) -> io::Result<u64> {
-    fs::create_dir_all(dir)?;
     let number = |name: &String| name.strip_suffix(".png")?.split_once('-')?.0.parse().ok();
     Ok(crate::formats::names(dir)?.iter().filter_map(number).max().unwrap_or(0))
 }

@@ -34,8 +34,8 @@ pub struct Painter {
     outdir: Option<PathBuf>,
 }
 
-/// Opens a model with all that goes with it.
-fn open(device: &Device, files: &Files, offer: &Offer) -> Result<Pipeline, PipelineError> {
+/// Opens a model with all that goes with it, and says what is doubtful about it.
+fn open(device: &Device, files: &Files, offer: &Offer, say: &mut dyn FnMut(&str)) -> Result<Pipeline, PipelineError> {
     let mut pipeline = Pipeline::load(device, &offer.path)?;
     if let Some(path) = files.condition_model.as_ref().filter(|_| offer.invents) {
         pipeline = pipeline.with_condition_model(path)?;
@@ -50,6 +50,13 @@ fn open(device: &Device, files: &Files, offer: &Offer) -> Result<Pipeline, Pipel
         if let Some(path) = &files.preview {
             pipeline = pipeline.with_preview(path)?;
         }
+    }
+    pipeline.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
+    if !offer.guided() {
+        say(&format!(
+            "{} was trained without --cond-dropout: guidance is 1 unless a request says another, which makes pictures worse",
+            offer.path.display()
+        ));
     }
     pipeline.ready()?;
     Ok(pipeline)
@@ -70,15 +77,7 @@ impl Painter {
     ) -> Result<Self, ServeError> {
         let mut loaded = Vec::new();
         for offer in offers {
-            let mut pipeline = open(&device, &files, offer)?;
-            pipeline.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
-            if pipeline.cannot_guide() {
-                say(&format!(
-                    "warning: {} was trained without --cond-dropout: guidance other than 1 makes its pictures worse",
-                    offer.path.display()
-                ));
-            }
-            loaded.push((offer.clone(), pipeline));
+            loaded.push((offer.clone(), open(&device, &files, offer, say)?));
         }
         let linear = match &files.vae {
             Some(vae) if files.preview.is_none() => {
@@ -112,7 +111,7 @@ impl Painter {
         if place.is_none() && !self.guest.as_ref().is_some_and(|(known, _)| Arc::ptr_eq(known, offer)) {
             // First, as there may be room for one only.
             self.guest = None;
-            self.guest = Some((offer.clone(), open(&self.device, &self.files, offer)?));
+            self.guest = Some((offer.clone(), open(&self.device, &self.files, offer, say)?));
         }
         let pipeline = match (place, &mut self.guest) {
             (Some(place), _) => &mut self.loaded[place].1,

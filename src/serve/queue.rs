@@ -31,8 +31,8 @@ pub struct Capacity {
     pub kept_bytes: usize,
     /// How long a job runs on after its last watcher has gone.
     pub patience: Duration,
-    /// How long a job runs on before anybody has asked about it.
-    pub unasked: Duration,
+    /// How long a job runs on that nobody has watched, while nobody asks about any job either; none: to its end.
+    pub unasked: Option<Duration>,
 }
 
 impl Default for Capacity {
@@ -43,7 +43,7 @@ impl Default for Capacity {
             kept: 256,
             kept_bytes: 256 << 20,
             patience: Duration::from_secs(3),
-            unasked: Duration::from_secs(120),
+            unasked: Some(Duration::from_secs(120)),
         }
     }
 }
@@ -133,6 +133,7 @@ pub struct Job {
     given: AtomicUsize,
     watched: AtomicBool,
     previewed: AtomicBool,
+    /// When it began to run, or somebody was last there for it.
     seen: Mutex<Instant>,
     view: watch::Sender<JobView>,
 }
@@ -223,15 +224,29 @@ impl Job {
         self.peek().pictures.iter().map(|made| made.png.len()).sum()
     }
 
-    /// Whether all who wanted it have gone.
-    fn is_abandoned(&self, limits: &Capacity) -> bool {
+    /// The device is given images of it.
+    fn runs(&self) {
+        self.update(|view| {
+            if view.stage == Stage::Queued {
+                *lock(&self.seen) = Instant::now();
+            }
+            view.stage = Stage::Running;
+        });
+    }
+
+    /// Whether all who wanted it have gone, if somebody last asked about any job at `asked`. Who polls several jobs in their
+    /// order asks about the first until it is done, and the others wait meanwhile or run beside it.
+    fn is_abandoned(&self, limits: &Capacity, asked: Instant) -> bool {
         let mut seen = lock(&self.seen);
         if self.is_watched() {
             *seen = Instant::now();
             return false;
         }
-        let watched = self.watched.load(Ordering::Relaxed);
-        seen.elapsed() > if watched { limits.patience } else { limits.unasked }
+        if self.watched.load(Ordering::Relaxed) {
+            return seen.elapsed() > limits.patience;
+        }
+        let waits = self.peek().stage == Stage::Queued;
+        limits.unasked.is_some_and(|unasked| !waits && asked.max(*seen).elapsed() > unasked)
     }
 }
 
@@ -262,6 +277,8 @@ pub struct Queue {
     limits: Capacity,
     state: Mutex<QueueState>,
     changed: Condvar,
+    /// When somebody last asked about a job.
+    asked: Mutex<Instant>,
 }
 
 /// Locks even if a thread has panicked, as it leaves nothing half done here.
@@ -272,7 +289,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Queue {
     /// An empty queue, whose jobs get numbers after `last`.
     pub fn new(limits: Capacity, last: u64) -> Self {
-        Self { limits, state: Mutex::new(QueueState { last, ..QueueState::default() }), changed: Condvar::new() }
+        let state = Mutex::new(QueueState { last, ..QueueState::default() });
+        Self { limits, state, changed: Condvar::new(), asked: Mutex::new(Instant::now()) }
     }
 
     /// Takes a request.
@@ -297,8 +315,9 @@ impl Queue {
         Ok(job)
     }
 
-    /// The job of a number, while it is known.
+    /// The job of a number, while it is known, for somebody who asks about it.
     pub fn job(&self, id: u64) -> Option<Arc<Job>> {
+        *lock(&self.asked) = Instant::now();
         let state = lock(&self.state);
         state.open.iter().chain(&state.over).find(|job| job.id == id).cloned()
     }
@@ -333,7 +352,7 @@ impl Queue {
             }
             if !images.is_empty() {
                 let batch = Turn { images };
-                batch.jobs().for_each(|job| job.update(|view| view.stage = Stage::Running));
+                batch.jobs().for_each(|job| job.runs());
                 return Some(batch);
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -365,7 +384,8 @@ impl Queue {
 
     /// Cancels the jobs that nobody waits for.
     pub fn cancel_abandoned(&self) {
-        for job in self.open().into_iter().filter(|job| job.is_abandoned(&self.limits)) {
+        let asked = *lock(&self.asked);
+        for job in self.open().into_iter().filter(|job| job.is_abandoned(&self.limits, asked)) {
             self.cancel(&job, "nobody waited for it any more");
         }
     }
@@ -400,5 +420,51 @@ impl Queue {
                 job.update(|view| view.ahead = place);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::request::tests::model;
+    use super::*;
+    use crate::serve::request::RequestBody;
+
+    #[test]
+    fn a_job_is_given_up_when_it_runs_and_nobody_asks_about_any() {
+        let queue = |unasked| Queue::new(Capacity { unasked, ..Capacity::default() }, 0);
+        let model = model();
+        let submit = |queue: &Queue| {
+            let body = RequestBody::default();
+            queue.submit(CheckedRequest::new(body, model.clone()).unwrap()).unwrap()
+        };
+        let later = || std::thread::sleep(Duration::from_millis(10));
+
+        let hasty = queue(Some(Duration::ZERO));
+        let [first, second] = [submit(&hasty), submit(&hasty)];
+        later();
+        hasty.cancel_abandoned();
+        assert_eq!(hasty.open().len(), 2, "jobs that wait are not given up");
+        hasty.next(1);
+        later();
+        hasty.cancel_abandoned();
+        assert_eq!([first.peek().stage, second.peek().stage], [Stage::Cancelled, Stage::Queued]);
+
+        // Both run, as one batch, and the client asks about the first.
+        let polled = queue(Some(Duration::from_millis(500)));
+        let [first, second] = [submit(&polled), submit(&polled)];
+        polled.next(2);
+        for _ in 0..60 {
+            later();
+            assert!(polled.job(first.id).is_some());
+            polled.cancel_abandoned();
+        }
+        assert_eq!(second.peek().stage, Stage::Running);
+
+        let written = queue(None);
+        let job = submit(&written);
+        written.next(1);
+        later();
+        written.cancel_abandoned();
+        assert_eq!(job.peek().stage, Stage::Running, "its pictures are also written to a directory");
     }
 }

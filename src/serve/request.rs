@@ -9,12 +9,14 @@ use axum::http::StatusCode;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::condition::prompt::Prompt;
 use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::Vocabulary;
 use crate::model::{Config, ModelMeta};
 use crate::pictures::decode;
+use crate::pipeline::{PipelineError, enough_seeds};
 use crate::sample::{SamplerConfig, parse_seeds};
 
 /// Most images of a job.
@@ -111,6 +113,11 @@ pub struct Offer {
 }
 
 impl Offer {
+    /// Whether images whose request says no guidance are guided, if they have no negative tags either.
+    pub fn guided(&self) -> bool {
+        !self.meta.is_always_conditional(&self.config)
+    }
+
     /// [height, width] of the images that it learned from.
     pub fn size(&self) -> [usize; 2] {
         [self.meta.height, self.meta.width]
@@ -153,7 +160,26 @@ pub struct RequestBody {
     /// Their height.
     pub height: Option<usize>,
     /// How images come out of noise.
-    pub sampler: SamplerConfig,
+    pub sampler: SamplerBody,
+}
+
+/// The settings of a sampler.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(try_from = "Value")]
+pub struct SamplerBody {
+    /// What is left out has its default.
+    pub config: SamplerConfig,
+    /// Whether guidance was not left out. Its default depends on the model.
+    pub says_guidance: bool,
+}
+
+impl TryFrom<Value> for SamplerBody {
+    type Error = serde_json::Error;
+
+    fn try_from(value: Value) -> Result<Self, Self::Error> {
+        let says_guidance = value.get("guidance").is_some();
+        Ok(Self { config: serde_json::from_value(value)?, says_guidance })
+    }
 }
 
 /// A request that can be done.
@@ -193,11 +219,19 @@ impl CheckedRequest {
     /// # Errors
     /// [`Refusal::Invalid`] with what is wrong.
     pub fn new(wanted: RequestBody, model: Arc<Offer>) -> Result<Self, Refusal> {
-        let RequestBody { tags, negative, complete, like, invent, condition_seed, sampler, .. } = wanted;
+        let RequestBody { tags, negative, complete, like, invent, condition_seed, .. } = wanted;
+        let SamplerBody { config: mut sampler, says_guidance } = wanted.sampler;
         let negative = Some(negative).filter(|text| !text.trim().is_empty());
         let invalid = |error: &dyn std::fmt::Display| Refusal::Invalid(error.to_string());
         let name = &model.name;
+        let rows = tags.len() + like.len() + invent;
+        // As `edm2k sample` does.
+        if !says_guidance && negative.is_none() && rows > 0 && !model.guided() {
+            sampler.guidance = 1.0;
+        }
         sampler.validate().map_err(|error| invalid(&error))?;
+        ensure(sampler.strength == 1.0, || "strength: there is no image to begin from".into())?;
+        ensure(negative.is_none() || sampler.guidance != 1.0, || PipelineError::UnusedNegative.to_string())?;
 
         let most =
             |what, found, most: usize| ensure(found <= most, || format!("{found} {what}, expected {most} at most"));
@@ -213,7 +247,6 @@ impl CheckedRequest {
             ensure(!model.prompt(text)?.tags().is_empty(), || format!("{text:?} has no tag"))?;
         }
 
-        let rows = tags.len() + like.len() + invent;
         let per_condition = wanted.per_condition.unwrap_or(1);
         ensure(per_condition > 0, || "per_condition is 0".into())?;
         most("images of a condition", per_condition, MAX_IMAGES)?;
@@ -222,6 +255,7 @@ impl CheckedRequest {
             None => (0..(rows.max(1) * per_condition) as u64).collect(),
         };
         most("images", seeds.len(), MAX_IMAGES)?;
+        enough_seeds(rows, per_condition, seeds.len()).map_err(|error| invalid(&error))?;
 
         let size = [wanted.height.unwrap_or(model.meta.height), wanted.width.unwrap_or(model.meta.width)];
         model.config.check_size(size[0], size[1]).map_err(|error| invalid(&error))?;
@@ -268,16 +302,21 @@ fn picture(base64: &str) -> Result<Bytes, Refusal> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::model::config::preset;
 
-    #[test]
-    fn nothing_is_decoded_for_a_request_that_is_too_much() {
+    /// An offer of a model that is nowhere.
+    pub fn model() -> Arc<Offer> {
         let config = preset("1girl-xs").unwrap().config;
         let (path, vocabulary, meta) = (PathBuf::new(), Vocabulary::default(), ModelMeta::of(&config));
         let (tags, like, invents, factor) = (Tags::No, true, false, 1);
-        let model = Arc::new(Offer { name: "m".into(), path, config, meta, vocabulary, tags, like, invents, factor });
+        Arc::new(Offer { name: "m".into(), path, config, meta, vocabulary, tags, like, invents, factor })
+    }
+
+    #[test]
+    fn nothing_is_decoded_for_a_request_that_is_too_much() {
+        let model = model();
         let refused = |body: RequestBody| CheckedRequest::new(body, model.clone()).unwrap_err().to_string();
         let body = RequestBody { like: vec!["?".into()], ..RequestBody::default() };
         assert!(refused(body.clone()).starts_with("a picture: "));

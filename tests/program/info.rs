@@ -55,6 +55,27 @@ fn presets_have_the_paper_s_sizes() {
 }
 
 #[test]
+fn a_picture_tells_what_it_was_made_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let picture = out.join("000007.png").display().to_string();
+    let sample = ["sample", "--model", "demo/emoji.safetensors", "--tags", "cat", "--seeds", "7", "--steps", "1"];
+    here(&[&sample[..], &["--device", "cpu", "--outdir", out.to_str().unwrap()]].concat()).assert().success();
+    info(&[&picture])
+        .success()
+        .stdout(contains("model          emoji.safetensors"))
+        .stdout(contains("seed           7"))
+        .stdout(contains("  tags                 cat"))
+        .stdout(contains("  guidance             5.0"));
+    let shown = json(&[&picture]);
+    assert_eq!((&shown["kind"], &shown["parameters"]["condition"]["tags"]), (&"picture".into(), &"cat".into()));
+    let other = dir.path().join("other.png");
+    image::RgbImage::new(2, 2).save(&other).unwrap();
+    assert!(refused(&other).contains("a PNG that says nothing of edm2k"));
+    assert!(refused(&out).ends_with("; expected one, a run's directory, or a file\n"));
+}
+
+#[test]
 fn a_dataset_and_a_shard_tell_what_is_in_them() {
     info(&["tests/data/emoji"])
         .success()
@@ -89,7 +110,7 @@ fn what_is_neither_or_not_whole_is_one_clear_line() {
     assert!(said.contains("found NaN") && said.contains("expected finite F16 numbers"), "{said}");
 
     let said = refused(&file("picture.png", b"\x89PNG\r\n\x1a\n, or so"));
-    assert!(said.contains("not a whole safetensors file"), "{said}");
+    assert!(said.contains("not a readable PNG"), "{said}");
     assert!(refused(&file("empty", b"")).contains("it is empty"));
     let tensors = [("x", edm2k::formats::safetensors::Dtype::U8, &[1][..], &[1][..])];
     let other = dir.path().join("other.safetensors");
@@ -98,7 +119,9 @@ fn what_is_neither_or_not_whole_is_one_clear_line() {
     assert!(refused(&dir.path().join("nowhere")).contains("No such file"));
     let folder = dir.path().join("folder");
     fs::create_dir(&folder).unwrap();
-    assert!(refused(&folder).contains("folder: no dataset of edm2k (there is no vocabulary.json in it)"));
+    assert!(
+        refused(&folder).contains("folder: no dataset of edm2k (there is no vocabulary.json in it); expected one, ")
+    );
 }
 
 #[test]

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use crate::common::server::Server;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
+use edm2k::pictures::Picture;
+use edm2k::sample::SamplerConfig;
 use fantoccini::key::Key;
 use fantoccini::{Client, ClientBuilder, Locator};
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -183,7 +185,12 @@ async fn a_stranger_draws_cancels_restores_and_watches_a_run() {
     run_directory(&dir.path().join("runs/emoji"));
     let [model, conditions] =
         ["emoji.safetensors", "conditions.safetensors"].map(|name| demo(name).display().to_string());
-    let server = Server::start(dir.path(), &["--model", &model, "--condition-model", &conditions, "--runs", "runs"]);
+    // Another model whose file has the same name.
+    fs::create_dir(dir.path().join("other")).unwrap();
+    fs::copy(&model, dir.path().join("other/emoji.safetensors")).unwrap();
+    let models = ["--model", &model, "--model", "other/emoji.safetensors"];
+    let server =
+        Server::start(dir.path(), &[&models[..], &["--condition-model", &conditions, "--runs", "runs"]].concat());
     let browser = Browser::open(1360, 960, false).await;
     browser.goto(&server).await;
     browser.until("!document.getElementById('go').disabled && document.querySelector('#sets .tags input')").await;
@@ -315,6 +322,38 @@ async fn a_stranger_draws_cancels_restores_and_watches_a_run() {
     browser.drop_file("000011.png", &weighed).await;
     browser.until(&format!("{AVOIDED} === 'green' && {CHIPS}.join() === 'heart ×1.2,red'")).await;
 
+    // What has no place in the form is named, and of conditions nothing is taken over by halves.
+    let about = |seeds: Value, more: &[(&str, Value)]| {
+        let sampler = SamplerConfig { steps: 3, guidance: 2.05, ..SamplerConfig::default() };
+        let mut about = json!({"model": "emoji.pt", "width": 32, "height": 32, "sampler": sampler});
+        about["seeds"] = seeds;
+        more.iter().for_each(|(key, value)| about[key] = value.clone());
+        Picture::new(1, 1, vec![0; 3]).png(&[("edm2k", &about.to_string())]).unwrap()
+    };
+    let toast = |text: &str| format!("document.getElementById('toast').textContent === 'Parameters taken over{text}.'");
+    let [red, cat] = [json!({"tags": "red", "negative": {"tags": "cat"}}), json!({"tags": "cat"})];
+    browser.drop_file("large.png", &about(json!([9007199254740993u64]), &[("condition", red.clone())])).await;
+    browser.until(&toast("")).await;
+    assert_eq!(browser.run("return document.getElementById('seeds').value").await, "9007199254740993");
+    browser.until(&format!("{CHIPS}.join() === 'red' && {AVOIDED} === 'cat'")).await;
+    assert_eq!(browser.run("return document.getElementById('guidance').validity.valid").await, true);
+    let row = [("conditions", json!([{"from": red, "to": cat, "share": 0.5}])), ("from", json!("drawing.png"))];
+    browser.drop_file("row.png", &about(json!([7, 7, 2]), &row)).await;
+    browser.until(&toast(", but not its conditions, its seeds, what it began from")).await;
+    browser.until(&format!("{CHIPS}.join() === '' && {AVOIDED} === ''")).await;
+    browser
+        .drop_file("two.png", &about(json!([1, 2]), &[("conditions", json!([red, cat])), ("gnet", json!("xs"))]))
+        .await;
+    browser.until(&toast(", but not its conditions, the network that guided it")).await;
+    browser.drop_file("other.png", &about(json!([3]), &[("model", json!("unknown.pkl"))])).await;
+    browser.until(&toast(", but not its model")).await;
+
+    // Nothing is asked for while a field is wrong, and one sees which.
+    browser.run("document.getElementById('steps').value = ''; document.getElementById('rho').value = 0").await;
+    browser.click("#go").await;
+    browser.until("document.getElementById('more').open && document.activeElement.id === 'steps'").await;
+    browser.run("document.getElementById('more').open = false; document.getElementById('rho').value = 7").await;
+
     browser.drop_file("plain.png", b"no picture").await;
     browser.until("document.getElementById('toast').textContent.includes('no parameters')").await;
 
@@ -326,6 +365,20 @@ async fn a_stranger_draws_cancels_restores_and_watches_a_run() {
     browser.shoot("invented").await;
     browser.click("#theme").await;
     browser.shoot("light").await;
+
+    // A picture of the second model knows which it is.
+    let choose = |name: &str| {
+        format!("const model = document.getElementById('model'); model.value = '{name}'; return model.onchange()")
+    };
+    browser.run(&choose("emoji-2")).await;
+    browser.set("#invent", "0").await;
+    browser.set("#seeds", "12").await;
+    browser.click("#go").await;
+    browser.until(&format!("{FINISHED} === 1 && document.querySelector('#gallery img').alt.endsWith('seed 12')")).await;
+    browser.run(&choose("emoji")).await;
+    browser.click("#gallery li:first-child button").await;
+    browser.click("#again").await;
+    browser.until("document.getElementById('model').value === 'emoji-2'").await;
 
     // A run while it goes, and its snapshot.
     browser.click("#tab-runs").await;

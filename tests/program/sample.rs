@@ -270,10 +270,12 @@ fn guidance_one_is_no_guidance_and_the_interval_bounds_it() {
     let plain = images(&model, &mut b, &labels, &[4], &with(1.0, None));
     let guided = images(&model, &mut b, &labels, &[4], &with(2.5, None));
     assert!(plain != guided);
-    assert!(plain == images(&model, &mut b, &labels, &[4], &with(2.5, Some((100.0, 200.0)))));
     assert!(guided == images(&model, &mut b, &labels, &[4], &with(2.5, Some((0.0, 80.0)))), "the upper end counts");
-    let part = images(&model, &mut b, &labels, &[4], &with(2.5, Some((80.0f64.next_down() / 2.0, 79.0))));
-    assert!(plain == part, "the interval holds none of the levels 80, 7.1..., 0.002");
+    for nowhere in [(100.0, 200.0), (80.0f64.next_down() / 2.0, 79.0)] {
+        let why = with(2.5, Some(nowhere)).validate().unwrap_err().to_string();
+        assert!(why.ends_with("expected at least one of the steps' noise levels, 80 to 0.002"), "{why}");
+        with(1.0, Some(nowhere)).validate().unwrap();
+    }
     let unconditional = images(&model, &mut b, &[], &[4], &with(1.0, None));
     assert!(unconditional == images(&model, &mut b, &[], &[4], &with(2.5, None)), "nothing to guide away from");
     assert_close("guidance 0", &images(&model, &mut b, &labels, &[4], &with(0.0, None)), &unconditional, 1e-5);
@@ -484,8 +486,14 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
+        Self::of(|_| {})
+    }
+
+    /// With another model.
+    fn of(change: impl FnOnce(&mut Model)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (mut model, _) = tiny();
+        change(&mut model);
         model.meta.vocabulary = ["cat", "dog", "heart", "red", "smiling face"].map(String::from).to_vec();
         let path = dir.path().join("m.safetensors");
         save(path, &model.net.config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
@@ -498,15 +506,18 @@ impl Bench {
 
     /// `edm2k sample` with these arguments, split at spaces except in quotes of |.
     fn sample(&self, arguments: &str) -> assert_cmd::assert::Assert {
+        self.command(arguments).assert()
+    }
+
+    fn command(&self, arguments: &str) -> assert_cmd::Command {
         let own_steps = arguments.contains("--steps");
         let arguments = arguments.split('|').enumerate().flat_map(|(i, part)| match i % 2 {
             0 => part.split_whitespace().map(String::from).collect(),
             _ => vec![part.to_owned()],
         });
-        edm2k(self.dir.path(), &["sample", "--model", "m.safetensors"])
-            .args(if own_steps { &[][..] } else { &["--steps", "2"] })
-            .args(arguments)
-            .assert()
+        let mut command = edm2k(self.dir.path(), &["sample", "--model", "m.safetensors"]);
+        command.args(if own_steps { &[][..] } else { &["--steps", "2"] }).args(arguments);
+        command
     }
 
     /// The JSON in a picture's text chunk.
@@ -528,7 +539,7 @@ impl Bench {
 fn pictures_carry_their_parameters_and_are_never_overwritten_unasked() {
     let bench = Bench::new();
     let arguments = "--outdir out --seeds 3,0-2 --tags |heart, smiling face| --tags cat --per-condition 2 --size 24x16 \
-                     --guidance 2 --guidance-interval 0.01,50 --batch 3 --save-steps";
+                     --guidance 2 --guidance-interval 0.001,50 --batch 3 --save-steps";
     bench.sample(arguments).success().stdout(predicates::str::contains("4 images of 24x16"));
     let mut files: Vec<_> =
         fs::read_dir(bench.path("out")).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
@@ -544,7 +555,7 @@ fn pictures_carry_their_parameters_and_are_never_overwritten_unasked() {
     assert_eq!(bench.about("out/000002.png")["condition"]["tags"], "cat");
     let sampler = json!({
         "solver": "dpmpp_2m", "steps": 2, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0,
-        "guidance": 2.0, "guidance_interval": [0.01, 50.0],
+        "guidance": 2.0, "guidance_interval": [0.001, 50.0],
     });
     assert_eq!(about["sampler"], sampler);
     assert_eq!(bench.about("out/grid.png")["seeds"], json!([3, 0, 1, 2]));
@@ -554,6 +565,9 @@ fn pictures_carry_their_parameters_and_are_never_overwritten_unasked() {
     bench.sample(&format!("{arguments} --overwrite --batch 1")).failure(); // --batch twice
     bench.sample(&arguments.replace("--batch 3", "--batch 1 --overwrite")).success();
     assert!(before == fs::read(bench.path("out/000003.png")).unwrap(), "the batch size changed the file");
+    bench.sample("--outdir out --seeds 3 --overwrite").success();
+    let has = |name: &str| bench.path(name).exists();
+    assert!(!has("out/000003-steps.png") && has("out/000002-steps.png"), "the steps of a picture go with it");
 }
 
 #[test]
@@ -642,14 +656,26 @@ fn a_pipeline_tells_what_is_wrong_apart() {
         let request = Request { towards: vec![(1, share)], ..Request::default() };
         refused(request, &format!("towards = {share}, expected a share of 0 to 1"));
     }
+    let two = |per_condition, count| {
+        let conditions = vec![Condition::new(vec![1.0; 5], []); 3];
+        Request { conditions, per_condition, seeds: (0..count).collect(), ..Request::default() }
+    };
+    refused(
+        two(1, 2),
+        "3 conditions, 1 images of each, and 2 seeds, so that some conditions get no image; expected 3 seeds",
+    );
+    refused(two(4, 8), "expected 12 seeds, or fewer conditions");
+    pipeline.check(&two(4, 9)).unwrap();
     let from = Some(Beginning { values: vec![0.0; 3], name: "x".into() });
     refused(Request { from, ..Request::default() }, "the image to begin from has 3 values, expected 768");
     let [a, b] = [2, 3].map(|width| Condition::new(vec![1.0; width], []));
     let widths = "are 3 wide, those of the first are 2 wide";
     assert!(Condition::between(&a, &b, 0.5).unwrap_err().to_string().contains(widths));
     assert!(Condition::mix(&[(a.clone(), 1.0), (b.clone(), 1.0)]).unwrap_err().to_string().contains(widths));
-    let row = Request { conditions: vec![a, b], ..Request::default() }.interpolated(3);
+    let row = Request { conditions: vec![a.clone(), b], ..Request::default() }.interpolated(3);
     assert!(row.unwrap_err().to_string().contains(widths));
+    let one = "one of two conditions has a negative and the other none, expected both or neither";
+    assert_eq!(Condition::between(&a, &a.clone().away_from(&a), 0.5).unwrap_err().to_string(), one);
     assert!(matches!(pipeline.with_codec("none"), Err(PipelineError::NoLatents { .. })));
 }
 
@@ -661,10 +687,10 @@ fn conditions_come_from_files_and_datasets() {
     safetensors::write(bench.path("c.safetensors"), &[("x", Dtype::F32, &[3, 5], &values)], &HashMap::new()).unwrap();
     fs::write(bench.path("c.npy"), npy_file("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 5), }", &values))
         .unwrap();
-    bench.sample("--outdir a --conditions c.safetensors").success();
+    bench.sample(&format!("--outdir a --conditions {}", bench.path("c.safetensors").display())).success();
     bench.sample("--outdir b --conditions c.npy").success();
     bench.sample("--outdir t --tags cat --tags dog --tags heart").success();
-    assert_eq!(bench.about("a/000002.png")["condition"]["row"], 2);
+    assert_eq!(bench.about("a/000002.png")["condition"], json!({"file": "c.safetensors", "row": 2}));
     let pixels = |name: &str| image::open(bench.path(name)).unwrap();
     for image in ["000000.png", "000001.png", "000002.png"] {
         assert!(pixels(&format!("a/{image}")) == pixels(&format!("b/{image}")));
@@ -678,7 +704,12 @@ fn conditions_come_from_files_and_datasets() {
     bench.fails("--outdir d --row nowhere", "expected DATASET:ID");
     let emoji = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/emoji");
     bench.fails(&format!("--outdir d --row {}:-7", emoji.display()), "has the id -7");
-    let id = Dataset::open(&emoji, Split::Train).unwrap().id(0);
+    let data = Dataset::open(&emoji, Split::Train).unwrap();
+    let id = data.id(0);
+    for dir in [emoji.clone(), emoji.join(".")] {
+        let origin = Condition::of_image(&data, 0, &dir, Split::Train).origin;
+        assert_eq!(origin["dataset"], "emoji", "where it lies is nobody else's business");
+    }
     bench.fails(
         &format!("--outdir d --row {}:{id}", emoji.display()),
         "its conditions are 64 wide, those of m.safetensors are 5 wide",
@@ -773,7 +804,36 @@ fn prompts_have_weights_negatives_and_seeds() {
     assert_eq!(bench.about("d/000000.png")["condition"], json!({"negative": {"tags": "heart"}}));
 
     bench.fails("--outdir e --prompts prompts.txt --seeds 1", "the prompts of --prompts have seeds of their own");
-    bench.fails("--outdir e --tags cat --negative dog --guidance 1", "a negative prompt does nothing at --guidance 1");
+    bench.fails("--outdir e --tags cat --tags dog --seeds 7", "2 conditions, 1 images of each, and 1 seeds");
+    bench.fails("--outdir e --tags cat --negative dog --guidance 1", "a negative does nothing at guidance 1");
+    let no_level = "guidance interval = 100,200, expected at least one of the steps' noise levels, 80 to 0.002";
+    bench.fails("--outdir e --tags cat --negative dog --guidance-interval 100,200", no_level);
+    bench.fails("--outdir e --tags cat --guidance-interval 100,200", no_level);
+
+    // From standard input; nothing to avoid is no negative.
+    let nothing = "{\"tags\": \"heart\", \"negative\": \" \", \"seed\": 40}\n";
+    bench.command("--outdir f --prompts - --negative ||").write_stdin(format!("cat\n\n{nothing}")).assert().success();
+    assert!(fs::read(bench.path("f/000040.png")).unwrap() == fs::read(bench.path("c/000040.png")).unwrap());
+    assert_eq!(bench.about("f/000000.png")["condition"], json!({"tags": "cat"}));
+    bench
+        .command("--outdir e --prompts -")
+        .write_stdin("dgo")
+        .assert()
+        .failure()
+        .stderr(predicates::str::contains("--prompts: standard input line 1: unknown tag \"dgo\""));
+    fs::write(bench.path("blank.txt"), "\n \n").unwrap();
+    bench.fails("--outdir e --prompts blank.txt", "--prompts: blank.txt: it has no prompt");
+    fs::write(bench.path("away.txt"), "{\"negative\": \"\"}\n").unwrap();
+    bench.fails("--outdir e --prompts away.txt", "--prompts: away.txt line 1: neither tags nor negative ones");
+
+    // Where there is nothing to lead away from but negatives, all need one.
+    let always = Bench::of(|model| model.meta.cond_dropout = Some(0.0));
+    fs::write(always.path("prompts.txt"), "cat\n{\"tags\": \"dog\", \"negative\": \"heart\"}\n").unwrap();
+    let message = "condition 1 has no negative, and the model was trained without --cond-dropout";
+    always.fails("--outdir e --prompts prompts.txt", message);
+    always.sample("--outdir a --prompts prompts.txt --negative red").success();
+    assert_eq!(always.about("a/000000.png")["sampler"]["guidance"], 5.0);
+    always.sample("--outdir b --prompts prompts.txt --guidance 2").success();
     bench.fails("--outdir e --tags cat --negative haert", "--negative: unknown tag \"haert\", did you mean \"heart\"?");
     bench.fails("--outdir e --tags |(cat:1.5|", "--tags: the bracket ( has no partner in \"(cat:1.5\"");
     fs::write(bench.path("bad.txt"), "cat\n(dgo:2)\n").unwrap();
@@ -804,6 +864,21 @@ fn rows_lead_from_one_image_to_another_and_images_from_pictures() {
     bench.sample("--outdir d --tags cat --seeds 7,9 --interpolate 3").success();
     assert!(pixels("d/000007.png") == pixels("b/000007.png"));
     assert_eq!(bench.about("d/000007-2.png")["towards"], json!({"seed": 9, "share": 0.5}));
+    // Prompts bring their seeds and negatives.
+    let row = |first: &str, second: &str, outdir: &str| {
+        fs::write(bench.path("row.txt"), format!("{first}\n{second}\n")).unwrap();
+        bench.command(&format!("--outdir {outdir} --prompts row.txt --interpolate 3"))
+    };
+    row(r#"{"tags": "cat", "seed": 7}"#, r#"{"tags": "dog"}"#, "one").assert().success();
+    assert!(pixels("one/000007.png") == pixels("b/000007.png") && pixels("one/000007-3.png") == pixels("c/000007.png"));
+    row(r#"{"tags": "cat", "seed": 9}"#, r#"{"tags": "dog", "seed": 7}"#, "two").assert().success();
+    assert!(pixels("two/000009-3.png") == pixels("c/000007.png"));
+    let negatives = [r#"{"tags": "cat", "negative": "red", "seed": 7}"#, r#"{"tags": "dog", "negative": "heart"}"#];
+    row(negatives[0], negatives[1], "away").assert().success();
+    bench.sample("--outdir avoided --tags dog --negative heart --seeds 7").success();
+    assert!(pixels("away/000007-3.png") == pixels("avoided/000007.png"), "the row ends at the second negative");
+    let one = row(negatives[0], r#"{"tags": "dog"}"#, "e").assert().failure();
+    one.stderr(predicates::str::contains("--interpolate: one of two conditions has a negative and the other none"));
     bench.fails("--outdir e --tags cat --interpolate 3", "1 conditions and 1 seeds, expected two of either");
     bench.fails("--outdir e --tags cat --tags dog --seeds 1-3 --interpolate 3", "2 conditions and 3 seeds");
 
@@ -826,6 +901,15 @@ fn rows_lead_from_one_image_to_another_and_images_from_pictures() {
         let done = bench.sample(&format!("--outdir cut{size} --from drawing.png --tags cat --size {size}")).success();
         String::from_utf8(done.get_output().stderr.clone()).unwrap()
     };
+    fs::create_dir(bench.path("dir")).unwrap();
+    picture.save(bench.path("dir/drawing.png")).unwrap();
+    bench.sample(&format!("--outdir place --tags cat --from {}", bench.path("dir/drawing.png").display())).success();
+    assert_eq!(bench.about("place/000000.png")["from"], "drawing.png", "where files lie is nobody else's business");
+    let above = "guidance interval = 1,20, expected at least one of the steps' noise levels, 0.";
+    bench.fails(
+        "--outdir e --from drawing.png --strength 0.3 --steps 16 --negative cat --guidance-interval 1,20",
+        above,
+    );
     let cut = "warning: --from drawing.png: 60 % of it is cut off to fit it to 16x32";
     assert!(said("16x32").contains(cut) && !said("16x16").contains("cut off"));
     bench.fails("--outdir e --from drawing.png --strength 2", "strength = 2, expected a number above 0, up to 1");
@@ -864,6 +948,16 @@ fn invented_conditions_are_mixed() {
     bench.sample("--outdir c --condition-model c.safetensors --mix |random-0:0.6, random-1:0.4|").success();
     let mixed = bench.about("c/000000.png")["condition"]["mix"].clone();
     assert_eq!((&mixed[0][1], &mixed[1][0]["invented"]), (&json!(0.6), &json!(1)));
+    // What is completed depends on the seed of conditions, and says so.
+    let complete = |seed: u64| {
+        let outdir = format!("complete-{seed}");
+        let arguments = "--condition-model c.safetensors --tags red --complete --condition-seed";
+        bench.sample(&format!("--outdir {outdir} {arguments} {seed}")).success();
+        bench.about(&format!("{outdir}/000000.png"))["condition"].clone()
+    };
+    assert_eq!([complete(1), complete(2)].map(|about| about["condition_seed"].clone()), [json!(1), json!(2)]);
+    let idle = bench.sample("--outdir idle --condition-model c.safetensors --tags red").success();
+    idle.stderr(predicates::str::contains("warning: --condition-model does nothing"));
     bench.fails("--outdir d --condition-model c.safetensors --mix random-0", "'random-0', expected SOURCE:WEIGHT");
     for (mix, expected) in [
         ("random-70000:1", "'random-70000', expected random-0 to random-65535"),
@@ -921,6 +1015,15 @@ fn mistakes_are_one_clear_line() {
     }
     bench.fails("--outdir o --guidance-interval 5,1", "guidance interval = 5,1");
     bench.fails("--outdir o --S-churn 3", "0 with dpmpp_2m");
+    let alone = "S_churn = 0, expected more than 0 where S_min, S_max or S_noise is given";
+    for option in ["--S-noise 1.003", "--S-min 0.1", "--S-max 50"] {
+        bench.fails(&format!("--outdir o --solver heun {option}"), alone);
+    }
+    for option in ["--accum f32", "--conv-loop mma"] {
+        let (name, _) = option.split_once(' ').unwrap();
+        bench.fails(&format!("--outdir o --device cpu {option}"), &format!("{name} is for GPUs, but the CPU computes"));
+    }
+    bench.fails("--outdir o --gnet m.safetensors --guidance 1", "m.safetensors does nothing at guidance 1");
     bench.fails("--outdir o --random-conditions 3", "--condition-model");
     bench.fails("--outdir o --random-conditions 3 --condition-model m.safetensors", "not a condition model");
     let tags = ["heart", "cat", "dog", "red", "smiling face"].map(|tag| Tag { tag: tag.into(), count: 1 });

@@ -58,6 +58,16 @@ impl Place {
     }
 }
 
+/// A model that was always trained with conditions.
+fn always(place: &Place) {
+    let config =
+        Pipeline::load(&Device::open("cpu").unwrap(), place.path("m.safetensors")).unwrap().net().config.clone();
+    server::write(&config, &place.path("always.safetensors"), 5, |model| {
+        model.meta.vocabulary = server::TAGS.map(String::from).to_vec();
+        model.meta.cond_dropout = Some(0.0);
+    });
+}
+
 fn png(picture: &Value) -> Vec<u8> {
     BASE64_STANDARD.decode(picture["png"].as_str().unwrap()).unwrap()
 }
@@ -85,7 +95,8 @@ fn wait_until(what: &str, mut is: impl FnMut() -> bool) {
 #[test]
 fn pictures_are_those_of_edm2k_sample_to_the_byte() {
     let place = Place::new();
-    let server = place.serve("--model m.safetensors --batch 3");
+    always(&place);
+    let server = place.serve("--model m.safetensors --model always.safetensors --batch 3");
     for (wanted, arguments, seeds) in [
         (json!({}), "--model m.safetensors", &[0][..]),
         (
@@ -111,6 +122,22 @@ fn pictures_are_those_of_edm2k_sample_to_the_byte() {
             json!({"negative": "dog", "seeds": "5", "sampler": {"steps": 4}}),
             "--model m.safetensors --negative dog --seeds 5 --steps 4",
             &[5],
+        ),
+        // Its guidance has nothing to lead away from but negatives.
+        (
+            json!({"model": "always", "tags": ["cat"], "seeds": "6", "sampler": {"steps": 4}}),
+            "--model always.safetensors --tags cat --seeds 6 --steps 4",
+            &[6],
+        ),
+        (
+            json!({"model": "always", "tags": ["cat"], "negative": "dog", "seeds": "6", "sampler": {"steps": 4}}),
+            "--model always.safetensors --tags cat --negative dog --seeds 6 --steps 4",
+            &[6],
+        ),
+        (
+            json!({"model": "always", "tags": ["cat"], "seeds": "6", "sampler": {"steps": 4, "guidance": 3.0}}),
+            "--model always.safetensors --tags cat --seeds 6 --steps 4 --guidance 3",
+            &[6],
         ),
     ] {
         let job = server.post("/api/v1/generate?wait=true", &wanted).expect(200);
@@ -233,6 +260,10 @@ fn what_cannot_be_drawn_is_refused_with_what_is_wrong() {
         (json!({"width": 64, "height": 64}), "64x64 is more than 4 times m's 16x16"),
         (json!({"width": 18446744073709551615u64}), "18446744073709551615"),
         (json!({"seeds": "0-63", "sampler": {"steps": 100}}), "64 images of 100 steps are too much"),
+        (json!({"tags": ["cat", "dog", "heart"], "seeds": "0"}), "3 conditions, 1 images of each, and 1 seeds"),
+        (json!({"tags": ["cat"], "negative": "dog", "sampler": {"guidance": 1.0}}), "does nothing at guidance 1"),
+        (json!({"sampler": {"guidance_interval": [100, 200]}}), "expected at least one of the steps' noise levels"),
+        (json!({"sampler": {"strength": 0.25}}), "strength: there is no image to begin from"),
         (json!({"sampler": {"steps": 0}}), "steps = 0, expected 1 to 10000"),
         (json!({"sampler": {"solver": "ddim"}}), "unknown variant `ddim`"),
         (json!({"sampler": {"rho": "7"}}), "invalid type"),
@@ -630,11 +661,20 @@ fn a_prompt_is_read_as_it_will_be_drawn() {
 #[test]
 fn models_and_vocabularies_are_described() {
     let place = Place::new();
-    let server = place.serve("--model m.safetensors");
+    always(&place);
+    let server = place.serve("--model m.safetensors --model always.safetensors");
     for path in ["/api/v1/server", "/api/v1/models", "/api/v1/vocabulary", "/api/v1/jobs", "/api/v1/openapi.json"] {
         let answer = server.get(path).expect(200);
         document().check_answer(path, "get", 200, &answer);
     }
+    let models = server.get("/api/v1/models").expect(200);
+    assert_eq!([&models[0]["guided"], &models[1]["guided"]], [true, false]);
+    let drawn = server.post(
+        "/sdapi/v1/txt2img",
+        &json!({"prompt": "cat", "steps": 2, "seed": 1,
+        "override_settings": {"sd_model_checkpoint": "always"}}),
+    );
+    assert_eq!(drawn.expect(200)["parameters"]["cfg_scale"], 1.0);
     let near = server.get("/api/v1/vocabulary?near=smilin%20fac").expect(200);
     assert_eq!(near["tags"], json!([{"tag": "smiling face", "count": null}]));
     assert_eq!(server.get("/api/v1/runs").status, 404, "without --runs");
@@ -752,6 +792,8 @@ fn a_stop_ends_what_runs_and_tells_those_who_wait() {
     let server = place.serve("--model m.safetensors --outdir kept");
     let job = server.post("/api/v1/generate?wait=true", &json!({"seeds": "12"})).expect(200);
     assert!(fs::read(place.path("kept/000001-000012.png")).unwrap() == pictures(&job)[0]);
+    let (fine, said) = place.edm2k("serve --model m.safetensors --device cpu --listen 127.0.0.1:0 --outdir kept");
+    assert!(!fine && said.ends_with("kept: another run is writing here\n"), "{said}");
     let address = server.address.clone();
     let waiting = thread::spawn(move || {
         let mut stream = TcpStream::connect(&address).unwrap();

@@ -7,7 +7,7 @@ mod run;
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use anyhow::ensure;
+use anyhow::{anyhow, ensure};
 use serde::Serialize;
 
 use edm2k::backend::DeviceError;
@@ -20,7 +20,7 @@ use edm2k::backend::{Backend, BackendError};
 use edm2k::codec::CodecFile;
 use edm2k::condition::Conditioning;
 use edm2k::condition::vae::{self, Vae};
-use edm2k::data::dataset::Header;
+use edm2k::data::dataset::{DatasetError, Header};
 use edm2k::formats::{At, input, weights};
 use edm2k::model::config::preset;
 use edm2k::model::{Config, Model, ModelMeta, Precond};
@@ -42,10 +42,12 @@ Examples:
   edm2k info runs/mine
   edm2k info --check runs/mine/checkpoint-000204800.safetensors
   edm2k info wd-v1-4-swinv2-tagger-v2.onnx
+  edm2k info out/000007.png
   edm2k info path/of/dataset
   edm2k info --check path/of/dataset")]
 pub struct InfoArgs {
-    /// Model, dataset or shard of one, directory of a run, checkpoint, condition model, autoencoder, or ONNX file
+    /// Model, dataset or shard of one, directory of a run, checkpoint, condition model, autoencoder, ONNX file, or a picture
+    /// that `edm2k` made, which says how
     #[arg(value_name = "FILE|DIR", conflicts_with = "preset")]
     path: Option<PathBuf>,
     /// A named configuration instead of a file
@@ -274,12 +276,20 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
         return run::show(path, args.check, args.json);
     }
     if path.is_dir() || ends("zip") {
-        return DatasetInfo::open(path, args.check)?.show(args.json);
+        let opened = DatasetInfo::open(path, args.check).map_err(|why| match why.downcast_ref() {
+            Some(DatasetError::NoDataset { .. }) => anyhow!("{why}; expected one, a run's directory, or a file"),
+            _ => why,
+        });
+        return opened?.show(args.json);
     }
     let head = input::head(&input::open(path).at(path)?).at(path)?;
     if ends("onnx") || input::kind(&head).is_some_and(|kind| kind.contains("ONNX")) {
         unchecked("an ONNX file")?;
         return parts::onnx(path, args.json);
+    }
+    if head.starts_with(b"\x89PNG") {
+        unchecked("a picture")?;
+        return parts::picture(path, args.json);
     }
     ensure!(
         !ends("jsonl") || stats::latest(path).at(path)?.is_empty(),

@@ -1,14 +1,16 @@
-//! What is said of the networks beside the U-Net: condition models, autoencoders, and those in ONNX files.
+//! What is said of the networks beside the U-Net (condition models, autoencoders, those in ONNX files), and of pictures.
 
 use std::path::Path;
 
-use serde_json::json;
+use anyhow::Context;
+use serde_json::{Map, Value, json};
 
 use edm2k::codec::CodecFile;
 use edm2k::condition::vae::Vae;
 use edm2k::formats::fingerprint::Identity;
 use edm2k::formats::{At, fingerprint};
 use edm2k::onnx::{About, Port};
+use edm2k::pictures::png;
 
 use super::head;
 use crate::cli::say::out;
@@ -62,6 +64,31 @@ pub fn autoencoder(path: &Path, json: bool) -> anyhow::Result<()> {
     match made_by {
         Some(made_by) => out!("latents are of {made_by}"),
         None => out!("latents are of nobody: without an encoder it makes none"),
+    }
+    Ok(())
+}
+
+/// Shows what a picture says that it was made with.
+pub fn picture(path: &Path, json: bool) -> anyhow::Result<()> {
+    let texts = png::read_text(path)?;
+    let text = texts.iter().find(|(key, _)| key == "edm2k").map(|(_, text)| text);
+    let text = text.with_context(|| format!("{}: a PNG that says nothing of edm2k", path.display()))?;
+    let about: Map<String, Value> =
+        serde_json::from_str(text).with_context(|| format!("{}: its text chunk", path.display()))?;
+    if json {
+        out!("{}", json!({"kind": "picture", "parameters": about}));
+        return Ok(());
+    }
+    out!("a picture made by edm2k");
+    let shown = |value: &Value| value.as_str().map_or_else(|| value.to_string(), String::from);
+    for (name, value) in &about {
+        match value {
+            Value::Object(parts) => {
+                out!("{name}");
+                parts.iter().for_each(|(name, value)| out!("  {name:20} {}", shown(value)));
+            }
+            _ => out!("{name:14} {}", shown(value)),
+        }
     }
     Ok(())
 }

@@ -7,6 +7,7 @@ use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
 use edm2k::collective::{Part, agree_on};
+use edm2k::condition::Conditioning;
 use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::memory;
 use edm2k::pipeline::{Kept, OutDir, Pipeline, Request};
@@ -94,7 +95,8 @@ pub struct SampleArgs {
     #[arg(long, value_name = "TAGS", help_heading = "Conditions")]
     tags: Vec<String>,
     /// File with a prompt on each line: tags as --tags takes them, or {"tags": "...", "negative": "...", "seed": 7},
-    /// where tags or negative may be left out, and seed. --per-condition images of each have its seed and those that follow
+    /// where tags or negative may be left out, and seed. --per-condition images of each have its seed and those that follow;
+    /// - is standard input
     #[arg(long, value_name = "FILE", help_heading = "Conditions")]
     prompts: Option<PathBuf>,
     /// Tags, or of a class-conditional model a class, to guide away from, instead of from no condition; prompts without a
@@ -299,7 +301,8 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         sampler.strength = args.strength.unwrap_or(0.5);
         sampler.validate()?;
     }
-    let mut pipeline = Pipeline::load(&ranks.open(&args.device)?.fastest(), &args.model).context("--model")?;
+    let device = args.device.heeded(ranks.open(&args.device)?)?.fastest();
+    let mut pipeline = Pipeline::load(&device, &args.model).context("--model")?;
     if let Some(guide) = &args.gnet {
         pipeline = pipeline.with_guide(guide).context("--gnet")?;
     }
@@ -315,14 +318,21 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         pipeline = pipeline.with_codec(vae).context("--vae")?;
         warn(&mut pipeline, ranks, "--vae ");
     }
-    if pipeline.cannot_guide() && wanted.iter().any(|(condition, _)| condition.away.is_empty()) {
+    if args.condition_model.is_some() && !invents(args, &pipeline) && ranks.first() {
+        note!(
+            "warning: --condition-model does nothing: --complete has it complete tags, --random-conditions invents some"
+        );
+    }
+    let lacking = wanted.iter().position(|(condition, _)| condition.away.is_empty());
+    if let Some(place) = lacking.filter(|_| pipeline.cannot_guide()) {
+        ensure!(
+            args.sampler.guidance.is_some() || wanted.iter().all(|(condition, _)| condition.away.is_empty()),
+            "condition {} has no negative, and the model was trained without --cond-dropout, so guidance has nothing to \
+             lead away from there; --negative is for all that have none of their own",
+            place + 1
+        );
         args.sampler.without_guide(&mut sampler).iter().filter(|_| ranks.first()).for_each(|text| note!("{text}"));
     }
-    let guided = sampler.guidance != 1.0;
-    ensure!(
-        guided || wanted.iter().all(|(condition, _)| condition.away.is_empty()),
-        "a negative prompt does nothing at --guidance 1"
-    );
     let kept = match (pipeline.makes_pictures(), args.save_steps) {
         (false, _) => Kept::Latents,
         (true, true) => Kept::Steps,
@@ -362,6 +372,15 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     Ok(Resolved { pipeline, request, kept, part, given })
 }
 
+/// Whether the condition model is asked for anything. A model of features has it invent what has given tags.
+fn invents(args: &SampleArgs, pipeline: &Pipeline) -> bool {
+    let tags = !args.tags.is_empty() || args.prompts.is_some() || args.negative.is_some();
+    args.complete
+        || args.random_conditions.is_some()
+        || args.mix.iter().any(|text| text.contains("random-"))
+        || tags && matches!(pipeline.meta().conditioning, Conditioning::Features { .. })
+}
+
 /// What all parts must have been given alike.
 fn given(args: &SampleArgs, pipeline: &Pipeline, request: &Request) -> anyhow::Result<Value> {
     let bytes = |values| bytemuck::cast_slice::<f32, u8>(values);
@@ -387,16 +406,19 @@ fn warn(pipeline: &mut Pipeline, ranks: &Ranks, option: &str) {
     warnings.iter().filter(|_| ranks.first()).for_each(|warning| note!("warning: {option}{warning}"));
 }
 
-/// The seed of each image. Without --seeds those of the prompts, and where they have none, the image's number.
+/// The seed of each image. Without --seeds those of the prompts, and where they have none, the image's number. A row leads
+/// from one of the prompts' seeds to the other, if they have two.
 fn seeds(args: &SampleArgs, of_prompts: &[Option<u64>]) -> anyhow::Result<Vec<u64>> {
     if let Some(Seeds(seeds)) = &args.seeds {
         ensure!(of_prompts.iter().all(Option::is_none), "--seeds: the prompts of --prompts have seeds of their own");
         return Ok(seeds.clone());
     }
-    let (each, mut seeds) = (u64::from(args.per_condition), Vec::new());
     if args.interpolate.is_some() {
-        return Ok(vec![0]);
+        let mut seeds: Vec<u64> = of_prompts.iter().copied().flatten().collect();
+        seeds.dedup();
+        return Ok(if seeds.is_empty() { vec![0] } else { seeds });
     }
+    let (each, mut seeds) = (u64::from(args.per_condition), Vec::new());
     for (number, seed) in (0..).zip(if of_prompts.is_empty() { &[None] } else { of_prompts }) {
         let first = seed.unwrap_or(number * each);
         seeds.extend(first..first + each);

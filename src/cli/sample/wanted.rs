@@ -1,5 +1,6 @@
 //! The conditions that the arguments of `edm2k sample` ask for.
 
+use std::io;
 use std::path::Path;
 
 use anyhow::{Context, anyhow, bail, ensure};
@@ -26,16 +27,21 @@ struct PromptLine {
     seed: Option<u64>,
 }
 
-/// The lines of a file of prompts that are not empty, each with the name that messages give it.
+/// The lines of a file of prompts that are not empty, each with the name that messages give it; `-` is standard input.
 fn prompts(path: &Path) -> anyhow::Result<Vec<(String, PromptLine)>> {
-    let text = input::text(path).with_context(|| path.display().to_string())?;
+    let stdin = path == Path::new("-");
+    let file = if stdin { "standard input".into() } else { path.display().to_string() };
+    let text = if stdin { io::read_to_string(io::stdin()) } else { input::text(path) };
+    let text = text.with_context(|| file.clone())?;
+    ensure!(!text.trim().is_empty(), "{file}: it has no prompt");
     let read = |(number, line): (usize, &str)| {
-        let name = format!("{} line {number}", path.display());
+        let name = format!("{file} line {number}");
         if !line.starts_with('{') {
             return Ok((name, PromptLine { tags: Some(line.into()), negative: None, seed: None }));
         }
-        let prompt: PromptLine =
+        let mut prompt: PromptLine =
             serde_json::from_str(line).map_err(|error| anyhow!("{name}: {}", input::in_one_line(&error)))?;
+        prompt.negative = prompt.negative.filter(|text| !text.trim().is_empty());
         let most = i64::MAX as u64 - u64::from(u16::MAX);
         ensure!(prompt.tags.is_some() || prompt.negative.is_some(), "{name}: neither tags nor negative ones");
         ensure!(prompt.seed.is_none_or(|seed| seed <= most), "{name}: a seed above {most}");
@@ -90,7 +96,7 @@ pub fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<
     let alone = alone && args.like.is_empty() && args.mix.is_empty();
     ensure!(alone || !args.class.iter().any(|class| class == ANY), "--class: \"{ANY}\" goes alone");
     all.extend(others.into_iter().map(|condition| (condition, None)));
-    if let Some(text) = &args.negative {
+    if let Some(text) = args.negative.as_deref().filter(|text| !text.trim().is_empty()) {
         let classes = pipeline.meta().vocabulary.is_empty() && pipeline.meta().conditioning == Conditioning::Tags;
         let negative = match classes {
             true => class(text, &names, pipeline),

@@ -15,6 +15,8 @@ let sets = [];
 let negative = null;
 /** Pictures to be like: data: URLs. */
 let likes = [];
+/** Guidance, where nothing else is said. */
+let usual = 1;
 /** Of the churn, what has no field: a picture may bring it. */
 let churn = {};
 /** The number of the job that is being drawn. */
@@ -55,13 +57,15 @@ export async function start() {
   $("cancel").onclick = cancel;
   $("again").onclick = () => {
     $("picture").close();
-    restore(shown.parameters);
+    restore(shown.parameters, shown.model);
   };
   $("restore").onchange = (event) => take(event.target);
   $("like").onchange = async (event) => {
     for (const file of event.target.files) await addLike(file);
     event.target.value = "";
   };
+  // The browser shows what is wrong with a field, but not in what is closed.
+  $("more").addEventListener("invalid", () => ($("more").open = true), true);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("draw").hidden) {
       // In a field the browser would submit once more.
@@ -79,6 +83,8 @@ export async function start() {
 async function defaults() {
   const { properties } = (await json("/api/v1/openapi.json")).components.schemas.Sampler;
   apply(Object.fromEntries(Object.entries(properties).map(([key, property]) => [key, property.default])));
+  usual = properties.guidance.default;
+  $("guidance").value = "";
 }
 
 function apply(sampler) {
@@ -102,6 +108,9 @@ export async function choose(name) {
   $("model").replaceChildren(...models.map(({ name }) => new Option(name)));
   $("model").value = name;
   $("conditions").hidden = model.tags === "no";
+  // The server decides, as tags to avoid count too.
+  $("guidance").placeholder = model.guided ? usual : 1;
+  $("unguided").hidden = model.guided;
   $("like-row").hidden = !model.like;
   $("invent-row").hidden = !model.invents;
   $("complete-row").hidden = !model.invents || model.tags !== "plain";
@@ -238,7 +247,7 @@ async function follow(job, wanted) {
     const end = await watch(job.id, (seen) => {
       if (running === job.id) progress(seen, wanted);
       for (const picture of seen.pictures) {
-        if (!saved.has(picture.index)) saved.set(picture.index, keep(picture));
+        if (!saved.has(picture.index)) saved.set(picture.index, keep(picture, wanted.model));
       }
     });
     await Promise.all(saved.values());
@@ -305,18 +314,18 @@ function words({ condition }) {
   return condition?.tags || (condition?.like ? `like ${condition.like}` : "no tags");
 }
 
-/** Puts a finished picture into the gallery: the file itself, as the server forgets it some time. */
-async function keep(picture) {
+/** Puts a finished picture of a model into the gallery: the file itself, as the server forgets it some time. */
+async function keep(picture, model) {
   const blob = await (await ask(picture.url)).blob();
   const { parameters, seed } = picture;
   const src = URL.createObjectURL(blob);
   const image = Object.assign(new Image(), { src, alt: `${words(parameters)}, seed ${seed}` });
-  const factor = models.find((known) => known.name === nameOf(parameters))?.factor ?? 1;
+  const factor = models.find(({ name }) => name === model)?.factor ?? 1;
   image.classList.toggle("small", parameters.width * factor <= 128);
   const caption = Object.assign(document.createElement("span"), { textContent: words(parameters) });
   const button = Object.assign(document.createElement("button"), { type: "button" });
   button.append(image, caption);
-  button.onclick = () => open({ src, parameters, seed, small: image.classList.contains("small") });
+  button.onclick = () => open({ src, parameters, seed, model, small: image.classList.contains("small") });
   const item = document.createElement("li");
   item.append(button);
   $("gallery").prepend(item);
@@ -327,13 +336,11 @@ function open(picture) {
   shown = picture;
   const { parameters, seed, src } = picture;
   const { sampler, condition, model, ...others } = parameters;
-  const [flat, said] = [{ ...others, ...sampler }, { model: model.split("/").pop() }];
-  if (condition) Object.assign(said, condition);
-  const known = Object.entries({ seed, ...said, ...flat }).filter(([, value]) => value !== null);
+  const known = Object.entries({ seed, model, ...condition, ...others, ...sampler }).filter(([, value]) => value !== null);
   const rows = known.flatMap(([key, value]) => {
-    const text = typeof value === "object" ? JSON.stringify(value) : String(value).split("/").pop();
+    const text = typeof value === "object" ? JSON.stringify(value) : String(value);
     return [Object.assign(document.createElement("dt"), { textContent: key.replaceAll("_", " ") }),
-      Object.assign(document.createElement("dd"), { textContent: key === "tags" ? value : text })];
+      Object.assign(document.createElement("dd"), { textContent: text })];
   });
   $("parameters").replaceChildren(...rows);
   Object.assign($("large"), { src, alt: words(parameters) });
@@ -342,32 +349,62 @@ function open(picture) {
   $("picture").showModal();
 }
 
-/** What the server calls the model of a picture. */
+/** What the server calls the model of a picture: by its file's name without the ending. */
 function nameOf({ model }) {
-  const stem = model.split("/").pop().replace(/\.safetensors$/, "");
+  const stem = model.replace(/(?!^)\.[^.]*$/, "");
   const known = models.find(({ name }) => name === stem || name.endsWith(`/${stem}`));
   return known?.name;
 }
 
-/** Takes over the parameters of a picture. */
-export async function restore(about) {
-  const name = nameOf(about);
+/** The tags by which a condition is asked for again; null if there are none that would. */
+function tagsOf(condition) {
+  const { negative, ...own } = condition;
+  if (Object.keys(own).length === 0) return "";
+  // What was invented or completed for tags has become tags; features have to be completed again.
+  return (model?.tags === "plain" ? own.tags : own.asked) ?? null;
+}
+
+/** Takes over the conditions of a picture, all or none of them; whether it did. */
+function restoreConditions(conditions) {
+  const plain = model?.tags === "plain";
+  const invented = !plain && model?.invents && conditions.every(({ invented }, place) => invented === place);
+  const texts = invented ? [] : conditions.map(tagsOf);
+  const avoided = new Set(conditions.map(({ negative }) => (negative ? tagsOf(negative) : "")));
+  const seeds = new Set(conditions.map(({ condition_seed }) => condition_seed));
+  const [seed] = seeds;
+  const again = conditions.length === 0 || (model?.tags !== "no" && ![...texts, ...avoided].includes(null) &&
+    avoided.size === 1 && (plain || (seeds.size === 1 && seed != null)));
+  setTags(again ? texts.filter(Boolean) : []);
+  negative.set(again ? parts([...avoided].join()) : []);
+  $("complete").checked = false;
+  $("invent").value = again && invented ? conditions.length : 0;
+  if (again && seed != null) $("condition-seed").value = seed;
+  likes = [];
+  $("likes").replaceChildren();
+  return again;
+}
+
+/** Takes over the parameters of a picture, of this model of the server if that is known; says what it cannot. */
+export async function restore(about, name = nameOf(about)) {
   if (name) await choose(name);
   apply(about.sampler);
-  $("seeds").value = about.seed ?? about.seeds?.join(",") ?? 0;
   $("width").value = about.width;
   $("height").value = about.height;
   $("per-condition").value = about.per_condition ?? 1;
-  $("invent").value = 0;
+  const seeds = about.seeds ?? [about.seed];
+  const apart = new Set(seeds).size === seeds.length && !seeds.includes(null);
+  if (apart) $("seeds").value = seeds.join(",");
   const conditions = about.conditions ?? (about.condition ? [about.condition] : []);
-  // What was invented or completed for tags has become tags; features can only be invented again.
-  const plain = model?.tags === "plain";
-  $("complete").checked = false;
-  setTags(conditions.map((condition) => (plain ? condition.tags : condition.asked ?? condition.tags) ?? "").filter(Boolean));
-  const avoided = conditions.find((condition) => condition.negative)?.negative;
-  negative.set(parts(avoided?.asked ?? avoided?.tags ?? ""));
-  const from = name ? "" : " The picture is of another model.";
-  toast(`Parameters taken over.${from}`);
+  const lost = [
+    [!name, "its model"],
+    [!restoreConditions(conditions), "its conditions"],
+    [!apart, "its seeds"],
+    [about.towards, "the seed that it goes towards"],
+    [about.from, "what it began from"],
+    [about.gnet, "the network that guided it"],
+  ];
+  const named = lost.filter(([is]) => is).map(([, what]) => what);
+  toast(named.length ? `Parameters taken over, but not ${named.join(", ")}.` : "Parameters taken over.");
 }
 
 /** Restores from the file in an input. */

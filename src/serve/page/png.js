@@ -1,5 +1,7 @@
 // Reads what edm2k writes into a PNG: the iTXt chunk "edm2k", JSON of all parameters.
 
+import { parse } from "./server.js";
+
 const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
 
 /** The parameters in a PNG file's bytes; null if it has none. */
@@ -20,7 +22,7 @@ export function parameters(buffer) {
         const language = data.indexOf(0, end + 3);
         const begin = data.indexOf(0, language + 1) + 1;
         try {
-          return JSON.parse(text(data.subarray(begin)));
+          return parse(text(data.subarray(begin)));
         } catch {
           return null;
         }

@@ -28,12 +28,22 @@ export async function ask(path, options = {}) {
   return response;
 }
 
+/** JSON, where a whole number that has no exact one here, such as a large seed, is the text of its digits. Browsers that do
+ *  not tell the text have null for it. */
+export const parse = (text) => JSON.parse(text, (_, value, context) => {
+  if (!Number.isInteger(value) || Number.isSafeInteger(value)) return value;
+  const digits = context?.source ?? null;
+  return digits === null || /^\d+$/.test(digits) ? digits : value;
+});
+
 /** An answer's JSON. */
-export const json = async (path) => (await ask(path)).json();
+export const json = async (path) => parse(await (await ask(path)).text());
 
 /** The answer to something that is posted as JSON. */
-export const post = async (path, body) =>
-  (await ask(path, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) })).json();
+export async function post(path, body) {
+  const headers = { "content-type": "application/json" };
+  return parse(await (await ask(path, { method: "POST", headers, body: JSON.stringify(body) })).text());
+}
 
 let asking = null;
 
@@ -65,7 +75,7 @@ export function watch(id, see) {
     let failures = 0;
     events.addEventListener("job", (event) => {
       failures = 0;
-      const job = JSON.parse(event.data);
+      const job = parse(event.data);
       see(job);
       if (["done", "failed", "cancelled"].includes(job.stage)) {
         events.close();
