@@ -910,10 +910,10 @@ fn a_dry_run_says_everything_and_writes_nothing() {
     for (name, value) in expected.as_object().unwrap() {
         assert_eq!(&json["settings"][name], value, "{name}");
     }
-    // Of the loop that only Hopper has, the plan is an H100's, if these kernels are here.
+    // Of the loop that only Hopper has, the plan is an H100's.
     let plan =
         first_json(&succeed(&mut place.train("run", &format!("{recipe} --conv-loop wgmma"))))["on_a_gpu"].clone();
-    assert_eq!(plan["total_bytes"].is_u64(), cfg!(feature = "emulator"), "{plan}");
+    assert!(plan["total_bytes"].is_u64(), "{plan}");
     // A restart goes on from nothing.
     succeed(&mut place.train("there", "--duration 8 --batch 8 --grid 0 --validate 0 --snapshot 0"));
     for (options, from) in [("", true), ("--restart", false)] {
