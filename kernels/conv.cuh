@@ -324,7 +324,7 @@ struct ConvLoad {
     }
     // Whether the tap is one of the window's. Where k is flat, the last step's rest is beyond them.
     __device__ __forceinline__ bool there(const Product& p) const { return tap >> p.window.taps() == 0; }
-    __device__ __forceinline__ void copy_pixels(const Product& p, smem_addr stage) const {
+    __device__ __forceinline__ void copy_pixels(smem_addr stage) const {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             const T* const row = src + (offset[Neighbours::KEEPS_SIZE ? 0 : i] + delta);
@@ -371,8 +371,8 @@ __device__ __forceinline__ void multiply(typename Tile::Accumulators& acc, unsig
         if (s < last - first) ahead.copy_weights(p, shared + s * Tile::STAGE_BYTES), ahead.advance(p);
     begin();
     multiply<T, Tile, F16_SUMS, KMajor<false>, KMajor<true>>(
-        acc, shared, last - first, [&](smem_addr stage) { at.copy_pixels(p, stage), at.advance(p); },
-        [&](smem_addr stage) { at.copy_pixels(p, stage), at.copy_weights(p, stage), at.advance(p); });
+        acc, shared, last - first, [&](smem_addr stage) { at.copy_pixels(stage), at.advance(p); },
+        [&](smem_addr stage) { at.copy_pixels(stage), at.copy_weights(p, stage), at.advance(p); });
 }
 
 // Multiplies sums in an array of any rank.

@@ -687,7 +687,7 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half() {
 fn plans_make_room_for_each_other() {
     let model = demo();
     let shape = [1, 64, 64, 8];
-    let values = normals(3, 64 * 64 * 8);
+    let values = normals(64 * 64 * 8, 3, 1.0);
     // All of the terms are there at once, then their sum.
     let sum = |b: &mut Gpu, x: &[_]| -> Result<Vec<_>, BackendError> {
         let terms: Vec<_> = (1..=12).map(|i| b.linear_combination(&[(&x[0], f64::from(i))])).collect();
