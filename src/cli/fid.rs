@@ -290,18 +290,20 @@ fn of_size<'a>(
     let place = match networks.iter().position(|network| !network.any_size() || network.size() == size) {
         Some(place) => place,
         None => {
-            let other = OnnxNetwork::open(path, wanted, Some(size)).context("--network")?;
-            if let Some(first) = networks.first() {
-                let [a, b] = [first, &other].map(|network| (network.width(), network.size()));
-                let shown = |(width, [h, w]): (usize, [usize; 2])| format!("{width} features of {w}x{h}");
-                ensure!(a.0 == b.0, "--network: {}: it makes {}, {}", path.display(), shown(a), shown(b));
-            }
             ensure!(
                 networks.len() < MOST_SIZES,
                 "--network: {}: the pictures have more than {MOST_SIZES} sizes, and it takes each as it is; export it with a \
                  size, to which all are brought",
                 path.display()
             );
+            let bytes = path.metadata().map_or(0, |about| u128::from(about.len()));
+            memory::check("the network, once for each size of pictures", bytes * (networks.len() as u128 + 1))?;
+            let other = OnnxNetwork::open(path, wanted, Some(size)).context("--network")?;
+            if let Some(first) = networks.first() {
+                let [a, b] = [first, &other].map(|network| (network.width(), network.size()));
+                let shown = |(width, [h, w]): (usize, [usize; 2])| format!("{width} features of {w}x{h}");
+                ensure!(a.0 == b.0, "--network: {}: it makes {}, {}", path.display(), shown(a), shown(b));
+            }
             networks.push(other);
             networks.len() - 1
         }

@@ -52,7 +52,7 @@ pub struct ServeArgs {
     outdir: Option<PathBuf>,
     /// Address or name of this machine, and port; a port alone is one of 127.0.0.1
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:7860", value_parser = parse_listen)]
-    listen: SocketAddr,
+    listen: Listen,
     /// Name that it is reached by, beside addresses and localhost; repeatable
     #[arg(long = "host", value_name = "NAME")]
     hosts: Vec<String>,
@@ -66,13 +66,24 @@ pub struct ServeArgs {
     device: DeviceArgs,
 }
 
-/// The first address that a name has.
-fn parse_listen(text: &str) -> Result<SocketAddr, String> {
-    if let Ok(port) = text.parse() {
-        return Ok((Ipv4Addr::LOCALHOST, port).into());
+/// Where to listen, and the name that was given for it.
+#[derive(Clone, Debug)]
+struct Listen {
+    address: SocketAddr,
+    name: Option<String>,
+}
+
+/// The first address that a name has, of the older kind if there is one.
+fn parse_listen(text: &str) -> Result<Listen, String> {
+    let address = text.parse().ok().or_else(|| Some((Ipv4Addr::LOCALHOST, text.parse().ok()?).into()));
+    if let Some(address) = address {
+        return Ok(Listen { address, name: None });
     }
-    let mut found = text.to_socket_addrs().map_err(|why| format!("{why}, expected such as localhost:7860"))?;
-    found.next().ok_or_else(|| "it has no address".into())
+    let found = text.to_socket_addrs();
+    let found: Vec<_> =
+        found.map_err(|why| format!("{why}, expected an address and a port as in localhost:7860"))?.collect();
+    let address = found.iter().find(|address| address.is_ipv4()).or(found.first()).ok_or("it has no address")?;
+    Ok(Listen { address: *address, name: text.rsplit_once(':').map(|(name, _)| name.into()) })
 }
 
 /// Serves until it is told to stop.
@@ -91,8 +102,8 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
         files,
         runs: args.runs,
         outdir: args.outdir,
-        listen: args.listen,
-        hosts: args.hosts,
+        listen: args.listen.address,
+        hosts: args.hosts.into_iter().chain(args.listen.name).collect(),
         token,
         batch: args.batch.into(),
     };
@@ -111,12 +122,13 @@ mod tests {
     fn one_listens_at_addresses_names_and_ports() {
         for (text, address) in [("0.0.0.0:80", "0.0.0.0:80"), ("[::1]:7860", "[::1]:7860"), ("7883", "127.0.0.1:7883")]
         {
-            assert_eq!(parse_listen(text).unwrap().to_string(), address);
+            let found = parse_listen(text).unwrap();
+            assert_eq!((found.address.to_string().as_str(), found.name), (address, None));
         }
         let named = parse_listen("localhost:7883").unwrap();
-        assert!(named.ip().is_loopback() && named.port() == 7883, "{named}");
+        assert_eq!((named.address.to_string().as_str(), named.name.as_deref()), ("127.0.0.1:7883", Some("localhost")));
         for text in ["localhost", "70000", "127.0.0.1"] {
-            assert!(parse_listen(text).unwrap_err().contains("expected such as localhost:7860"));
+            assert!(parse_listen(text).unwrap_err().contains("expected an address and a port as in localhost:7860"));
         }
     }
 }

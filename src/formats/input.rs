@@ -48,9 +48,12 @@ pub fn head(file: &File) -> io::Result<Vec<u8>> {
 /// # Errors
 /// As [`open`]; a longer file.
 pub fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
-    let file = open(path)?;
+    at_most(open(path)?, most)
+}
+
+fn at_most(from: impl Read, most: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    file.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
+    from.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > most {
         return Err(io::Error::other(format!("more than {most} bytes")));
     }
@@ -62,7 +65,15 @@ pub fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
 /// # Errors
 /// As [`read`]; or the bytes are no text, and the error says what they are.
 pub fn text(path: &Path) -> io::Result<String> {
-    let mut bytes = read(path, MAX_TEXT)?;
+    text_of(open(path)?)
+}
+
+/// As [`text`], of what is open already.
+///
+/// # Errors
+/// Whatever reading reports, and as [`text`].
+pub fn text_of(from: impl Read) -> io::Result<String> {
+    let mut bytes = at_most(from, MAX_TEXT)?;
     if let Some(kind) = kind(&bytes).filter(|kind| !kind.contains("JSON")) {
         return Err(io::Error::other(format!("it is {kind}")));
     }

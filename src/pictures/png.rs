@@ -70,6 +70,9 @@ impl Picture {
     }
 }
 
+/// Most bytes of a compressed text chunk.
+const MAX_TEXT: usize = 1 << 20;
+
 /// The text chunks (keyword, text) that stand before a PNG file's pixels, where
 /// [`Picture::save`] puts them; iTXt first, then tEXt.
 ///
@@ -82,7 +85,11 @@ pub fn read_text(path: &Path) -> Result<Vec<(String, String)>, PngError> {
     let info = reader.info();
     let mut found = Vec::new();
     for chunk in &info.utf8_text {
-        found.push((chunk.keyword.clone(), chunk.get_text().map_err(format)?));
+        let mut chunk = chunk.clone();
+        // Ours are not compressed. Another program's may be damaged, or grow without end.
+        if chunk.decompress_text_with_limit(MAX_TEXT).is_ok() {
+            found.push((chunk.keyword.clone(), chunk.get_text().map_err(format)?));
+        }
     }
     for chunk in &info.uncompressed_latin1_text {
         found.push((chunk.keyword.clone(), chunk.text.clone()));

@@ -131,8 +131,8 @@ pub(crate) fn enough_seeds(conditions: usize, per_condition: usize, seeds: usize
 /// Some conditions would get no image, as there are too few seeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{conditions} conditions, {per_condition} images of each, and {seeds} seeds, so that some conditions get no image; \
-     expected {} seeds, or fewer conditions", conditions.saturating_mul(*per_condition)
+    "too few seeds for {conditions} conditions, {per_condition} of each: found {seeds}, expected {} at least",
+    conditions.saturating_sub(1).saturating_mul(*per_condition).saturating_add(1)
 )]
 pub struct FewSeeds {
     /// Conditions given.

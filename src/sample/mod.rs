@@ -168,7 +168,7 @@ impl SamplerConfig {
             number(s_churn == 0.0, "S_churn", s_churn, "0 with dpmpp_2m, which adds no noise (heun and euler do)")?;
         }
         let used = s_churn > 0.0 || self.churn == Churn::NONE;
-        number(used, "S_churn", s_churn, "more than 0 where S_min, S_max or S_noise is given")?;
+        number(used, "S_churn", s_churn, "more than 0, with heun or euler, where S_min, S_max or S_noise is given")?;
         if let Some((low, high)) = self.guidance_interval {
             let found = format!("{},{}", short(low), short(high));
             // JSON has no infinity.
@@ -177,7 +177,7 @@ impl SamplerConfig {
             let levels = levels(self);
             let used = self.guidance == 1.0 || levels.iter().any(|&sigma| self.guides(sigma));
             let [first, last] = [levels[0], levels[levels.len() - 1]].map(|level| level as f32);
-            let expected = format!("at least one of the steps' noise levels, {first} to {last}");
+            let expected = format!("one that holds a step's noise level; they go from {first} to {last}");
             check(used, "guidance interval", found, &expected)?;
         }
         Ok(())

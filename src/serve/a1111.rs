@@ -135,10 +135,12 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
     let usual = SamplerConfig::default();
     let (solver, guidance) = (solver(sampler_name)?, asked.cfg_scale.unwrap_or(usual.guidance));
     let config = SamplerConfig { solver, steps: asked.steps, guidance, ..usual };
+    // Some clients send the negative prompt that they keep, always.
+    let unguided = asked.cfg_scale == Some(1.0);
     let wanted = RequestBody {
         model: Some(offer.name.clone()),
         tags: if has_tags { vec![asked.prompt.clone()] } else { Vec::new() },
-        negative: asked.negative_prompt.clone(),
+        negative: if unguided { String::new() } else { asked.negative_prompt.clone() },
         seeds: Some(format!("{first}-{last}")),
         width: side(asked.width),
         height: side(asked.height),
@@ -150,8 +152,9 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
     pictures.sort_by_key(|made| made.index);
     let sampler = &job.request.sampler;
     let [height, width] = job.request.size.map(|side| side * offer.factor);
-    let ignored: Vec<&String> =
-        asked.others.iter().filter(|(_, value)| says_something(value)).map(|(key, _)| key).collect();
+    let others = asked.others.iter().filter(|(_, value)| says_something(value)).map(|(key, _)| key.as_str());
+    let unused = (unguided && !asked.negative_prompt.is_empty()).then_some("negative_prompt");
+    let ignored: Vec<&str> = others.chain(unused).collect();
     let parameters = json!({
         "prompt": asked.prompt,
         "negative_prompt": asked.negative_prompt,
@@ -207,6 +210,7 @@ struct Skip {
 }
 
 async fn progress(State(app): App, Query(Skip { skip_current_image }): Query<Skip>) -> Json<Value> {
+    app.queue.asked();
     let open = app.queue.open();
     let running = open.iter().find(|job| job.peek().stage == Stage::Running);
     if let Some(job) = running.filter(|_| !skip_current_image) {

@@ -284,6 +284,7 @@ async fn jobs(State(app): App) -> Json<Vec<Value>> {
         let view = job.peek();
         json!({"id": view.id, "stage": view.stage, "ahead": view.ahead, "done": view.done, "of": view.of})
     };
+    app.queue.asked();
     Json(app.queue.open().iter().map(brief).collect())
 }
 

@@ -54,7 +54,8 @@ fn open(device: &Device, files: &Files, offer: &Offer, say: &mut dyn FnMut(&str)
     pipeline.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
     if !offer.guided() {
         say(&format!(
-            "{} was trained without --cond-dropout: guidance is 1 unless a request says another, which makes pictures worse",
+            "{} was trained without --cond-dropout: guidance is 1 unless a request has negative tags or says another, which \
+             without them makes pictures worse",
             offer.path.display()
         ));
     }

@@ -226,17 +226,18 @@ impl Job {
 
     /// The device is given images of it.
     fn runs(&self) {
-        self.update(|view| {
-            if view.stage == Stage::Queued {
-                *lock(&self.seen) = Instant::now();
-            }
-            view.stage = Stage::Running;
-        });
+        let begins = self.peek().stage == Stage::Queued;
+        if begins {
+            *lock(&self.seen) = Instant::now();
+        }
+        self.update(|view| view.stage = Stage::Running);
     }
 
     /// Whether all who wanted it have gone, if somebody last asked about any job at `asked`. Who polls several jobs in their
     /// order asks about the first until it is done, and the others wait meanwhile or run beside it.
     fn is_abandoned(&self, limits: &Capacity, asked: Instant) -> bool {
+        // What somebody looks at is never locked together with this.
+        let waits = self.peek().stage == Stage::Queued;
         let mut seen = lock(&self.seen);
         if self.is_watched() {
             *seen = Instant::now();
@@ -245,7 +246,6 @@ impl Job {
         if self.watched.load(Ordering::Relaxed) {
             return seen.elapsed() > limits.patience;
         }
-        let waits = self.peek().stage == Stage::Queued;
         limits.unasked.is_some_and(|unasked| !waits && asked.max(*seen).elapsed() > unasked)
     }
 }
@@ -317,9 +317,15 @@ impl Queue {
 
     /// The job of a number, while it is known, for somebody who asks about it.
     pub fn job(&self, id: u64) -> Option<Arc<Job>> {
-        *lock(&self.asked) = Instant::now();
         let state = lock(&self.state);
-        state.open.iter().chain(&state.over).find(|job| job.id == id).cloned()
+        let found = state.open.iter().chain(&state.over).find(|job| job.id == id).cloned();
+        drop(state);
+        found.inspect(|_| self.asked())
+    }
+
+    /// Somebody asks how jobs get on.
+    pub fn asked(&self) {
+        *lock(&self.asked) = Instant::now();
     }
 
     /// The jobs that wait or run, in order.

@@ -811,7 +811,9 @@ fn fid_of_several_sizes_is_of_pictures_of_these_sizes() {
         |dir: &str, name: &str| decode::open(&bench.path(&format!("{dir}/{name}")), [255; 3]).unwrap().picture;
     let mut noise = vec![];
     for (id, [width, height]) in [[32, 32], [48, 32], [32, 64], [64, 64], [16, 16]].into_iter().enumerate() {
-        let rgb = (0..width * height * 3).map(|i| (i as u32 * 2_654_435_761 * (id as u32 + 1) >> 24) as u8).collect();
+        let rgb = (0..width * height * 3)
+            .map(|i| ((i as u32).wrapping_mul(2_654_435_761).wrapping_mul(id as u32 + 1) >> 24) as u8)
+            .collect();
         Picture::new(height, width, rgb).save(&bench.path(&format!("noise/{id}.png")), &[]).unwrap();
         noise.push(picture_of("noise", &format!("{id}.png")));
     }

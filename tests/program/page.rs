@@ -333,8 +333,8 @@ async fn a_stranger_draws_cancels_restores_and_watches_a_run() {
     let toast = |text: &str| format!("document.getElementById('toast').textContent === 'Parameters taken over{text}.'");
     let [red, cat] = [json!({"tags": "red", "negative": {"tags": "cat"}}), json!({"tags": "cat"})];
     browser.drop_file("large.png", &about(json!([9007199254740993u64]), &[("condition", red.clone())])).await;
+    browser.until("document.getElementById('seeds').value === '9007199254740993'").await;
     browser.until(&toast("")).await;
-    assert_eq!(browser.run("return document.getElementById('seeds').value").await, "9007199254740993");
     browser.until(&format!("{CHIPS}.join() === 'red' && {AVOIDED} === 'cat'")).await;
     assert_eq!(browser.run("return document.getElementById('guidance').validity.valid").await, true);
     let row = [("conditions", json!([{"from": red, "to": cat, "share": 0.5}])), ("from", json!("drawing.png"))];

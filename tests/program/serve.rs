@@ -260,9 +260,12 @@ fn what_cannot_be_drawn_is_refused_with_what_is_wrong() {
         (json!({"width": 64, "height": 64}), "64x64 is more than 4 times m's 16x16"),
         (json!({"width": 18446744073709551615u64}), "18446744073709551615"),
         (json!({"seeds": "0-63", "sampler": {"steps": 100}}), "64 images of 100 steps are too much"),
-        (json!({"tags": ["cat", "dog", "heart"], "seeds": "0"}), "3 conditions, 1 images of each, and 1 seeds"),
+        (
+            json!({"tags": ["cat", "dog", "heart"], "seeds": "0"}),
+            "too few seeds for 3 conditions, 1 of each: found 1, expected 3 at least",
+        ),
         (json!({"tags": ["cat"], "negative": "dog", "sampler": {"guidance": 1.0}}), "does nothing at guidance 1"),
-        (json!({"sampler": {"guidance_interval": [100, 200]}}), "expected at least one of the steps' noise levels"),
+        (json!({"sampler": {"guidance_interval": [100, 200]}}), "expected one that holds a step's noise level"),
         (json!({"sampler": {"strength": 0.25}}), "strength: there is no image to begin from"),
         (json!({"sampler": {"steps": 0}}), "steps = 0, expected 1 to 10000"),
         (json!({"sampler": {"solver": "ddim"}}), "unknown variant `ddim`"),
@@ -618,6 +621,11 @@ fn clients_of_a1111_are_served() {
     assert_eq!(server.post("/sdapi/v1/options", &json!({"sd_model_checkpoint": "/etc/passwd"})).status, 404);
     let nothing = json!({"prompt": null, "negative_prompt": null, "seed": null, "steps": 2, "override_settings": null, "send_images": false});
     assert_eq!(server.post("/sdapi/v1/txt2img", &nothing).expect(200)["images"], json!([]));
+    // Some clients always send the negative prompt that they keep.
+    let unguided = json!({"prompt": "cat", "negative_prompt": "dog", "steps": 1, "cfg_scale": 1});
+    let said = server.post("/sdapi/v1/txt2img", &unguided).expect(200);
+    let info: Value = serde_json::from_str(said["info"].as_str().unwrap()).unwrap();
+    assert_eq!(info["ignored"], json!(["negative_prompt"]));
     let said = server.post("/sdapi/v1/txt2img", &json!({"prompt": "masterpiece"})).expect(422);
     assert!(said["detail"].as_str().unwrap().contains("unknown tag \"masterpiece\""), "{said}");
     let said = server.post("/sdapi/v1/txt2img", &json!({"negative_prompt": "(blurry:1.4)"})).expect(422);

@@ -80,7 +80,9 @@ pub fn picture(path: &Path, json: bool) -> anyhow::Result<()> {
         return Ok(());
     }
     out!("a picture made by edm2k");
-    let shown = |value: &Value| value.as_str().map_or_else(|| value.to_string(), String::from);
+    // JSON escapes what a terminal would take for a command.
+    let plain = |text: &&str| !text.contains(char::is_control);
+    let shown = |value: &Value| value.as_str().filter(plain).map_or_else(|| value.to_string(), String::from);
     for (name, value) in &about {
         match value {
             Value::Object(parts) => {

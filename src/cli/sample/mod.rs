@@ -303,8 +303,10 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     }
     let device = args.device.heeded(ranks.open(&args.device)?)?.fastest();
     let mut pipeline = Pipeline::load(&device, &args.model).context("--model")?;
-    if let Some(guide) = &args.gnet {
-        pipeline = pipeline.with_guide(guide).context("--gnet")?;
+    match &args.gnet {
+        Some(_) if sampler.guidance == 1.0 && ranks.first() => note!("warning: --gnet does nothing at guidance 1"),
+        Some(guide) if sampler.guidance != 1.0 => pipeline = pipeline.with_guide(guide).context("--gnet")?,
+        _ => {}
     }
     if let Some(vae) = &args.condition_model {
         pipeline = pipeline.with_condition_model(vae).context("--condition-model")?;
@@ -312,6 +314,8 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     if let Some(tagger) = &args.tagger {
         pipeline = pipeline.with_tagger(tagger, args.tagger_node.as_deref()).context("--tagger")?;
     }
+    let piped = args.prompts.as_deref() == Some("-".as_ref());
+    ensure!(!piped || ranks.size() == 1, "--prompts -: each process has an input of its own; give a file");
     let wanted = wanted(args, &mut pipeline)?;
     warn(&mut pipeline, ranks, "");
     if let Some(vae) = &args.vae {

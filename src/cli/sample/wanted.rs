@@ -31,7 +31,7 @@ struct PromptLine {
 fn prompts(path: &Path) -> anyhow::Result<Vec<(String, PromptLine)>> {
     let stdin = path == Path::new("-");
     let file = if stdin { "standard input".into() } else { path.display().to_string() };
-    let text = if stdin { io::read_to_string(io::stdin()) } else { input::text(path) };
+    let text = if stdin { input::text_of(io::stdin().lock()) } else { input::text(path) };
     let text = text.with_context(|| file.clone())?;
     ensure!(!text.trim().is_empty(), "{file}: it has no prompt");
     let read = |(number, line): (usize, &str)| {

@@ -113,6 +113,8 @@ export async function choose(name) {
   $("unguided").hidden = model.guided;
   $("like-row").hidden = !model.like;
   $("invent-row").hidden = !model.invents;
+  // What nobody sees must not keep anybody from drawing.
+  $("invent").disabled = $("condition-seed").disabled = !model.invents;
   $("complete-row").hidden = !model.invents || model.tags !== "plain";
   for (const side of ["width", "height"]) {
     $(side).value = model[side];
@@ -373,7 +375,7 @@ function restoreConditions(conditions) {
   const seeds = new Set(conditions.map(({ condition_seed }) => condition_seed));
   const [seed] = seeds;
   const again = conditions.length === 0 || (model?.tags !== "no" && ![...texts, ...avoided].includes(null) &&
-    avoided.size === 1 && (plain || (seeds.size === 1 && seed != null)));
+    avoided.size === 1 && (texts.length < 2 || !texts.includes("")) && (plain || (seeds.size === 1 && seed != null)));
   setTags(again ? texts.filter(Boolean) : []);
   negative.set(again ? parts([...avoided].join()) : []);
   $("complete").checked = false;
@@ -409,13 +411,18 @@ export async function restore(about, name = nameOf(about)) {
 
 /** Restores from the file in an input. */
 async function take(input) {
-  for (const file of input.files) await drop(file);
+  try {
+    for (const file of input.files) await drop(file);
+  } catch ({ message }) {
+    toast(message);
+  }
   input.value = "";
 }
 
 async function drop(file) {
   const about = parameters(await file.arrayBuffer());
-  if (about) await restore(about);
+  // A training's sample grid names no model.
+  if (about?.model && about.sampler) await restore(about);
   else if (model?.like) await addLike(file);
   else toast(`${file.name} has no parameters of edm2k.`);
 }
