@@ -801,7 +801,10 @@ fn prompts_have_weights_negatives_and_seeds() {
     assert_eq!(bench.about("d/000000.png")["condition"], json!({"negative": {"tags": "heart"}}));
 
     bench.fails("--outdir e --prompts prompts.txt --seeds 1", "the prompts of --prompts have seeds of their own");
-    bench.fails("--outdir e --tags cat --tags dog --seeds 7", "too few seeds for 2 conditions, 1 of each: found 1, expected 2 at least");
+    bench.fails(
+        "--outdir e --tags cat --tags dog --seeds 7",
+        "too few seeds for 2 conditions, 1 of each: found 1, expected 2 at least",
+    );
     bench.fails("--outdir e --tags cat --negative dog --guidance 1", "a negative does nothing at guidance 1");
     let no_level =
         "guidance interval = 100,200, expected one that holds a step's noise level; they go from 80 to 0.002";
