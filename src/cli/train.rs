@@ -401,11 +401,12 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     }
 
     let recipe = preset.as_ref().and_then(|preset| preset.recipe);
+    let mut execution = execution(args, &settings, device, recipe)?;
     // A run that goes on takes as many images at a time as before, so that it rounds in the same way.
-    let batch_gpu = args.batch_gpu.or(begun.and_then(|state| state.batch_gpu));
-    let mut execution = execution(args, batch_gpu, &settings, device, recipe)?;
-    if args.batch_gpu.is_none() && batch_gpu.is_some() {
-        notes.push(format!("{} images at a time, as before; --batch-gpu sets another number", execution.batch_gpu));
+    let before = begun.and_then(|state| state.batch_gpu).filter(|_| args.batch_gpu.is_none());
+    if let Some(before) = before.filter(|&before| before != execution.batch_gpu.min(settings.batch)) {
+        notes.push(format!("{before} images at a time, as before; --batch-gpu sets another number"));
+        execution.batch_gpu = before;
     }
     execution.batch_gpu = execution.batch_gpu.min(settings.batch.div_ceil(ranks as u64));
     let needed = |n: u64| {
@@ -484,7 +485,6 @@ fn settings(
 /// How the run is executed: as the arguments say, else as suits the settings.
 fn execution(
     args: &TrainArgs,
-    batch_gpu: Option<u64>,
     settings: &Settings,
     device: &Device,
     recipe: Option<Recipe>,
@@ -499,7 +499,7 @@ fn execution(
     let seldom = args.vae.as_ref().map(with_pictures).transpose().context("--vae")?.unwrap_or(0);
     let of_recipe = recipe.map(|recipe| recipe.batch_gpu).filter(|_| device.runtime().is_some());
     Ok(Execution {
-        batch_gpu: batch_gpu.or(of_recipe).unwrap_or(usual.batch_gpu),
+        batch_gpu: args.batch_gpu.or(of_recipe).unwrap_or(usual.batch_gpu),
         status: args.status.unwrap_or(usual.status),
         validate: args.validate.unwrap_or(usual.validate),
         grid: args.grid.unwrap_or(usual.grid.max(seldom)),
