@@ -15,6 +15,8 @@ use edm2k::backend::gpu::emulated::{Build, Emulated, Emulator};
 use edm2k::backend::gpu::engine::{Gpu, Loaded};
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
 use edm2k::backend::gpu::runtime::{Imagined, Runtime};
+#[cfg(feature = "emulator")]
+use edm2k::backend::gpu::tensor::Tensor;
 use edm2k::backend::gpu::tiles::Card;
 use edm2k::backend::{Backend, BackendError, NetworkBackend, Normalization, Shape, Slot, TrainingBackend, Values};
 #[cfg(feature = "emulator")]
@@ -689,11 +691,15 @@ fn plans_make_room_for_each_other() {
     let shape = [1, 64, 64, 8];
     let values = normals(64 * 64 * 8, 3, 1.0);
     // All of the terms are there at once, then their sum.
-    let sum = |b: &mut Gpu, x: &[_]| -> Result<Vec<_>, BackendError> {
+    let sum = |b: &mut Gpu, x: &[Tensor]| -> Result<Vec<Tensor>, BackendError> {
         let terms: Vec<_> = (1..=12).map(|i| b.linear_combination(&[(&x[0], f64::from(i))])).collect();
-        Ok(vec![b.linear_combination(&terms.iter().map(|term| (term, 1.0)).collect::<Vec<_>>())])
+        let mut sum = x[0].clone();
+        for term in &terms {
+            sum = b.linear_combination(&[(&sum, 1.0), (term, 1.0)]);
+        }
+        Ok(vec![sum])
     };
-    let multiples = |b: &mut Gpu, x: &[_]| -> Result<Vec<_>, BackendError> {
+    let multiples = |b: &mut Gpu, x: &[Tensor]| -> Result<Vec<Tensor>, BackendError> {
         Ok((1..=3).map(|i| b.linear_combination(&[(&x[0], f64::from(i))])).collect())
     };
     let both = |limit: u64| {
