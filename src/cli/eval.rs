@@ -113,7 +113,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let images = data.len().min(args.images as usize);
     let batch = usize::from(args.batch);
 
-    let device = args.device.heeded(ranks.open(&args.device)?)?;
+    let device = ranks.open(&args.device)?;
     let identity = DataIdentity::of(&data);
     let largest = identity.largest();
     let given = json!({

@@ -65,8 +65,7 @@ impl DeviceArgs {
         Math { precision, accum: self.accum, conv_loop: self.conv_loop }
     }
 
-    /// The device that they opened, unless it ignores some of them. `train --dry-run` is not asked: on a CPU too, it plans for
-    /// GPUs.
+    /// The device that they opened, unless it ignores some of them.
     ///
     /// # Errors
     /// It is the CPU, and one of them is of GPUs.

@@ -175,7 +175,7 @@ fn make(args: PrepareArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         None => make(&*records, &settings, None, &report),
         Some(path) => {
             let file = CodecFile::open(path).context("--vae")?;
-            let codec = LatentEncoder::open(&args.device.heeded(ranks.open(&args.device)?)?, &file).context("--vae")?;
+            let codec = LatentEncoder::open(&ranks.open(&args.device)?, &file).context("--vae")?;
             make(&*records, &settings, Some(codec), &report)
         }
     };

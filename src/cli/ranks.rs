@@ -101,6 +101,14 @@ impl Ranks {
     /// As [`DeviceArgs::open`]; there are fewer cards than ranks, two of them have one card, or they have different kinds of
     /// devices.
     pub fn open(&mut self, args: &DeviceArgs) -> anyhow::Result<Device> {
+        args.heeded(self.open_to_plan(args)?)
+    }
+
+    /// The same for who only plans, and plans for GPUs on a CPU too: its options may be those of GPUs.
+    ///
+    /// # Errors
+    /// As [`Ranks::open`], but for such options.
+    pub fn open_to_plan(&mut self, args: &DeviceArgs) -> anyhow::Result<Device> {
         let Some(World { local, .. }) = self.world else { return args.open_as(args.device) };
         let device = match args.device {
             DeviceName::Auto | DeviceName::Cuda(0) => match Device::cards() {

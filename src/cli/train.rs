@@ -187,9 +187,7 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
         let sizes = |data: &Dataset| data.header().all_sizes();
         ensure!(sizes(v) == sizes(&data), "{dir}: the validation split is not of the same size");
     }
-    let device = ranks.open(&args.device)?;
-    // A dry run plans for GPUs on a CPU too.
-    let device = if args.dry_run { device } else { args.device.heeded(device)? };
+    let device = if args.dry_run { ranks.open_to_plan(&args.device)? } else { ranks.open(&args.device)? };
     let (mut viewer, warning) = viewer(args, &data, &device, ranks.first()).context("--vae")?;
     let Resolved { settings, execution, model, mut notes } = resolve(args, &data, &device, ranks.size())?;
     notes.extend([Some(&data), validation.as_ref()].into_iter().flatten().filter_map(doubt));

@@ -66,10 +66,6 @@ impl Archive {
     /// [`ArchiveError`]: it is damaged, or has no images or not all labels.
     pub fn open(path: &Path) -> Result<Self, ArchiveError> {
         let zip = Zip::open(path)?;
-        let ends = |name: &str, endings: &[&str]| {
-            let ending = name.rsplit_once('.').map(|(_, ending)| ending);
-            ending.is_some_and(|own| endings.iter().any(|of| own.eq_ignore_ascii_case(of)))
-        };
         let is_image = |name: &str| ends(name, &IMAGES);
         let entries = || (0..).zip(zip.entries());
         if let Some((_, other)) = entries().find(|(_, entry)| ends(&entry.name, &OTHERS)) {
@@ -211,8 +207,14 @@ fn entry_error(zip: &Zip, entry: &ZipEntry, what: String) -> ArchiveError {
     ZipError::Entry { path: zip.path().into(), name: entry.name.to_string(), what }.into()
 }
 
+/// Whether a name has one of these endings.
+fn ends(name: &str, endings: &[&str]) -> bool {
+    let ending = name.rsplit_once('.').map(|(_, ending)| ending);
+    ending.is_some_and(|own| endings.iter().any(|of| own.eq_ignore_ascii_case(of)))
+}
+
 fn is_latents(entry: &ZipEntry) -> bool {
-    entry.name.to_lowercase().ends_with(".npy")
+    ends(&entry.name, &["npy"])
 }
 
 fn pixels(zip: &Zip, entry: &ZipEntry) -> Result<EntryContent, ArchiveError> {

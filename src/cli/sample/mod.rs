@@ -301,7 +301,7 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         sampler.strength = args.strength.unwrap_or(0.5);
         sampler.validate()?;
     }
-    let device = args.device.heeded(ranks.open(&args.device)?)?.fastest();
+    let device = ranks.open(&args.device)?.fastest();
     let mut pipeline = Pipeline::load(&device, &args.model).context("--model")?;
     match &args.gnet {
         Some(_) if sampler.guidance == 1.0 && ranks.first() => note!("warning: --gnet does nothing at guidance 1"),
