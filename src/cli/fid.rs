@@ -279,7 +279,12 @@ fn open(file: &Path) -> anyhow::Result<Picture> {
     image.map(|image| image.picture).map_err(|why| anyhow!("--generated {}: {why}", file.display()))
 }
 
-/// The network for pictures of this one's size. It is opened unless it is there; one that has a size serves all.
+/// Whether a network is for pictures of this one's size. One that has a size serves all.
+fn serves(network: &OnnxNetwork, picture: &Picture) -> bool {
+    !network.any_size() || network.size() == [picture.height(), picture.width()]
+}
+
+/// The network for pictures of this one's size. It is opened unless it is there.
 fn of_size<'a>(
     networks: &'a mut Vec<OnnxNetwork>,
     picture: &Picture,
@@ -287,7 +292,7 @@ fn of_size<'a>(
     wanted: FeatureTensor,
 ) -> anyhow::Result<&'a OnnxNetwork> {
     let size = [picture.height(), picture.width()];
-    let place = match networks.iter().position(|network| !network.any_size() || network.size() == size) {
+    let place = match networks.iter().position(|network| serves(network, picture)) {
         Some(place) => place,
         None => {
             ensure!(
@@ -333,8 +338,7 @@ impl Look<'_> {
             of_size(networks, picture, path, *wanted)?;
         }
         let features = |(i, picture): (usize, &Picture)| {
-            let size = [picture.height(), picture.width()];
-            let network = networks.iter().find(|network| network.size() == size).unwrap_or(&networks[0]);
+            let network = networks.iter().find(|network| serves(network, picture)).expect("opened above");
             let picture = resize(picture, network.size());
             let values: Vec<f32> = picture.rgb().iter().map(|&x| f32::from(x)).collect();
             let features = network.features(&values, &format!("image {} of {what}", numbers[i]));
