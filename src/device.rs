@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::str::FromStr;
 
 use crate::backend::codec::CodecBackend;
-use crate::backend::cpu::{Cpu, bf16_is_available};
+use crate::backend::cpu::{Cpu, bf16_is_available, bf16_is_fast};
 use crate::backend::gpu::engine::{Gpu, Loaded};
 use crate::backend::gpu::launch::{Math, Precision};
 use crate::backend::gpu::runtime::Runtime;
@@ -177,7 +177,7 @@ impl Device {
     /// CPU that can, which halves the time.
     #[must_use]
     pub fn fastest(self) -> Self {
-        let bf16 = self.bf16.or_else(|| Some(bf16_is_available()));
+        let bf16 = self.bf16.or_else(|| Some(bf16_is_fast()));
         Self { bf16, ..self }
     }
 

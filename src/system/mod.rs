@@ -83,6 +83,12 @@ pub fn advise_huge_pages<T>(values: &mut [T]) {
     side::advise_huge_pages(values);
 }
 
+/// Asks that this process may use the processor's matrix unit, whose state the system has to keep too. Says whether it may.
+#[cfg(target_arch = "x86_64")]
+pub fn allow_matrix_unit() -> bool {
+    side::allow_matrix_unit()
+}
+
 /// From now on, when a mapped file can no longer be read, `whose` is called with the address. If it knows the address,
 /// the text that it returns goes to stderr, and the process ends with status 1. `whose` may neither lock nor allocate.
 pub fn on_lost_page(whose: fn(usize) -> Option<&'static str>) {

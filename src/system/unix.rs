@@ -135,6 +135,21 @@ pub fn advise_huge_pages<T>(values: &mut [T]) {
 #[cfg(not(target_os = "linux"))]
 pub fn advise_huge_pages<T>(_: &mut [T]) {}
 
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub fn allow_matrix_unit() -> bool {
+    // From the kernel's asm/prctl.h, and the number of the tiles' state in XCR0.
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const TILE_DATA: libc::c_long = 18;
+    // SAFETY: a call with two numbers, which changes what this process may use.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0 }
+}
+
+/// macOS runs on no processor that has one.
+#[cfg(all(not(target_os = "linux"), target_arch = "x86_64"))]
+pub fn allow_matrix_unit() -> bool {
+    false
+}
+
 static WHOSE: OnceLock<fn(usize) -> Option<&'static str>> = OnceLock::new();
 
 pub fn on_lost_page(whose: fn(usize) -> Option<&'static str>) {

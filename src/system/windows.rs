@@ -112,6 +112,12 @@ pub fn peak_memory() -> Option<u64> {
 /// Does nothing: large pages need a right that users do not have.
 pub fn advise_huge_pages<T>(_: &mut [T]) {}
 
+/// Windows has a call for it since 2021, which nobody has tried.
+#[cfg(target_arch = "x86_64")]
+pub fn allow_matrix_unit() -> bool {
+    false
+}
+
 static WHOSE: OnceLock<fn(usize) -> Option<&'static str>> = OnceLock::new();
 
 pub fn on_lost_page(whose: fn(usize) -> Option<&'static str>) {

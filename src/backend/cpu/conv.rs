@@ -24,6 +24,7 @@ use super::tensor::{Pool, Tensor};
 use crate::backend::Shape;
 use crate::backend::codec::{Reach, Window};
 use crate::real::{Dst, Mat, Real, Threads, matmul, simd};
+use bytemuck::{cast_slice, cast_slice_mut};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -74,77 +75,109 @@ impl<'a, T: Real> Filter<'a, T> {
     }
 }
 
-/// The rows that results `first..first + count` see, with the zero pixels and rows around them, and zero pixels for
-/// one more result after all of them.
+/// Where the rows lie that results `first..first + count` see, with the zero pixels and rows around them, and zero
+/// pixels for one more result after all of them.
 ///
 /// Rows of results are counted over the whole batch. Those of [`Reach::Double`] are counted in rows of the small
 /// image.
-struct Band<T: Real> {
-    data: Tensor<T>,
+struct Band {
     window: Window,
-    /// Values from one pixel to the next: the channels.
-    channels: usize,
+    /// Shape of all images.
+    shape: Shape,
     /// Pixels from one row to the next.
     pitch: usize,
-    /// Rows of an image.
-    height: usize,
-    /// First row of results that the band is for.
-    first: usize,
-    /// With stride 2: at which pixel the odd rows begin, behind the even ones.
-    odd: usize,
+    /// The row that the first tap of its first result reads.
+    top: usize,
+    /// Rows of the band.
+    lines: usize,
 }
 
-impl<T: Real> Band<T> {
+impl Band {
+    fn new(shape: Shape, window: Window, first: usize, count: usize) -> Self {
+        let [_, _, w, _] = shape;
+        let band = Self { window, shape, pitch: w + gap(window), top: 0, lines: 0 };
+        let top = band.row(first);
+        Self { top, lines: band.row(first + count - 1) + window.side + window.scale - 1 - top, ..band }
+    }
+
     /// The row that the first tap of results row `row` reads, counted over the batch with the zero rows between images.
-    fn top(&self, row: usize) -> usize {
-        let (stride, gap) = (self.window.stride, gap(self.window));
-        let rows = self.height / stride;
-        row / rows * (self.height + gap) + row % rows * stride
+    fn row(&self, row: usize) -> usize {
+        let (stride, gap, [_, height, ..]) = (self.window.stride, gap(self.window), self.shape);
+        let rows = height / stride;
+        row / rows * (height + gap) + row % rows * stride
     }
 
     /// First row of the product that belongs to results row `row`.
     fn result(&self, row: usize) -> usize {
-        (self.top(row) - self.top(self.first)) / self.window.stride * (self.pitch / self.window.stride)
+        (self.row(row) - self.top) / self.window.stride * (self.pitch / self.window.stride)
     }
 
-    /// Pixel at which the band's row `line` begins.
+    /// Pixel at which the band's row `line` begins. With stride 2 the odd rows come behind the even ones.
     fn line(&self, line: usize) -> usize {
         let stride = self.window.stride;
-        line % stride * self.odd + line / stride * self.pitch
+        (line % stride * self.lines.div_ceil(stride) + line / stride) * self.pitch
     }
 
-    fn new(pool: &Arc<Pool<T>>, rows: &ImageRows<T>, window: Window, first: usize, count: usize) -> Self {
-        let [n, height, w, channels] = rows.shape;
-        let (Window { side, stride, scale, before }, gap) = (window, gap(window));
-        let (data, pitch) = (Tensor::uninit(pool, [0; 4]), w + gap);
-        let mut band = Self { data, window, channels, pitch, height, first, odd: 0 };
-        let top = band.top(first);
-        let lines = band.top(first + count - 1) + side + scale - 1 - top;
-        band.odd = lines.div_ceil(stride) * pitch;
-        let mut data = Tensor::uninit(pool, [1, 1, lines * pitch + gap + stride, channels]);
-        simd(
-            #[inline(always)]
-            || {
-                let values = data.values_mut();
-                values[lines * pitch * channels..].fill(T::zero());
-                for i in 0..lines {
-                    let line = &mut values[band.line(i) * channels..][..pitch * channels];
-                    let (image, y) = ((top + i) / (height + gap), (top + i) % (height + gap));
-                    if image < n && (before..before + height).contains(&y) {
-                        let (left, rest) = line.split_at_mut(before * channels);
-                        let (dst, right) = rest.split_at_mut(w * channels);
-                        left.fill(T::zero());
-                        (rows.read)(image * height + y - before, dst);
-                        right.fill(T::zero());
-                    } else {
-                        line.fill(T::zero());
-                    }
-                }
-            },
-        );
-        band.data = data;
-        band
+    /// Values of the band.
+    fn len(&self) -> usize {
+        let [.., channels] = self.shape;
+        (self.lines * self.pitch + gap(self.window) + self.window.stride) * channels
     }
+
+    /// Fills `values`; `read` writes an image row.
+    fn fill<E: Copy>(&self, values: &mut [E], zero: E, mut read: impl FnMut(usize, &mut [E])) {
+        let ([n, height, w, channels], before) = (self.shape, self.window.before);
+        let gap = gap(self.window);
+        values[self.lines * self.pitch * channels..].fill(zero);
+        for i in 0..self.lines {
+            let line = &mut values[self.line(i) * channels..][..self.pitch * channels];
+            let (image, y) = ((self.top + i) / (height + gap), (self.top + i) % (height + gap));
+            if image < n && (before..before + height).contains(&y) {
+                let (left, rest) = line.split_at_mut(before * channels);
+                let (dst, right) = rest.split_at_mut(w * channels);
+                left.fill(zero);
+                read(image * height + y - before, dst);
+                right.fill(zero);
+            } else {
+                line.fill(zero);
+            }
+        }
+    }
+
+    /// The band of `rows`.
+    fn read<T: Real>(&self, pool: &Arc<Pool<T>>, rows: &ImageRows<T>) -> Tensor<T> {
+        let mut data = Tensor::uninit(pool, [1, 1, 1, self.len()]);
+        self.fill(data.values_mut(), T::zero(), rows.read);
+        data
+    }
+
+    /// The same in bfloat16, as [`narrow`] finds it. `T` must be f32.
+    fn read_narrow<T: Real>(&self, pool: &Arc<Pool<T>>, rows: &ImageRows<T>) -> Tensor<T> {
+        let [_, _, w, channels] = self.shape;
+        let mut row_of = Tensor::uninit(pool, [1, 1, w, channels]);
+        let mut data = Tensor::uninit(pool, [1, 1, 1, self.len().div_ceil(2) + LINE]);
+        let values: &mut [u16] = cast_slice_mut(T::as_f32_mut(data.values_mut()).expect("f32"));
+        let skipped = line_begins(values);
+        self.fill(&mut values[skipped..], 0, |row, dst| {
+            (rows.read)(row, row_of.values_mut());
+            bf16::narrow(T::as_f32(row_of.values()).expect("f32"), dst);
+        });
+        data
+    }
+}
+
+/// Values of f32 in a cache line.
+const LINE: usize = 16;
+
+/// The first value that begins a cache line.
+fn line_begins(values: &[u16]) -> usize {
+    values.as_ptr().align_offset(4 * LINE)
+}
+
+/// The band that [`Band::read_narrow`] made.
+fn narrow<T: Real>(data: &Tensor<T>) -> &[u16] {
+    let values: &[u16] = cast_slice(T::as_f32(data.values()).expect("f32"));
+    &values[line_begins(values)..]
 }
 
 /// Below this many pixels a band spends more on packing the weights than its thread gains.
@@ -191,26 +224,23 @@ pub fn conv<T: Real>(
     out.par_chunks_mut(height * per_row).enumerate().for_each(|(i, out)| {
         let first = i * height;
         let count = height.min(total - first);
-        let band = Band::new(pool, &rows, window, first, count);
+        let band = Band::new(rows.shape, window, first, count);
+        let data = if packed.is_some() { band.read_narrow(pool, &rows) } else { band.read(pool, &rows) };
         // A product with one row would be one with a vector, which `gemm` sums in another order.
         let m = (band.result(first + count - 1) + w).max(2);
         let mut y = Tensor::uninit(pool, [scale, m, scale, cout]);
-        let narrow = packed.zip(T::as_f32(band.data.values()).map(bf16::narrow));
         for (phase, weight) in weight.chunks_exact(side * k * cout).enumerate() {
             let (py, px) = (phase / scale, phase % scale);
             let y = &mut y.values_mut()[(py * m * scale + px) * cout..];
-            if let Some(((packed, values), y)) = narrow.as_ref().zip(T::as_f32_mut(y)) {
-                for dy in 0..side {
-                    let to = Dst { values: y, rows: scale * cout, accumulate: dy > 0 };
-                    let a = Mat::new(&values[(band.line(py + dy) + px) * c..], stride * c);
-                    let part = phase * side + dy;
-                    bf16::product(m, to, a, packed, part, threads);
-                }
+            let begin = |dy: usize| (band.line(py + dy) + px) * c;
+            if let Some(packed) = packed {
+                let a: Vec<_> = (0..side).map(|dy| Mat::new(&narrow(&data)[begin(dy)..], stride * c)).collect();
+                let y = T::as_f32_mut(y).expect("f32");
+                bf16::product(m, y, scale * cout, &a, packed, phase * side, threads);
                 continue;
             }
             for (dy, k0) in (0..side).flat_map(|dy| (0..k).step_by(block).map(move |k0| (dy, k0))) {
-                let a = &band.data.values()[(band.line(py + dy) + px) * c + k0..];
-                let a = Mat { rows: stride * c, ..Mat::new(a, c) };
+                let a = Mat { rows: stride * c, ..Mat::new(&data.values()[begin(dy) + k0..], c) };
                 let b = Mat::new(&weight[(dy * k + k0) * cout..], cout);
                 let shape = (m, cout, block.min(k - k0));
                 let to = Dst { values: y, rows: scale * cout, accumulate: dy + k0 > 0 };
@@ -275,16 +305,17 @@ pub fn wgrad<T: Real>(
         let mut first = part * per_part;
         while first < end {
             let count = height.min(end - first);
-            let x = Band::new(pool, &rows, window, first, count);
-            let g = Band::new(pool, &grad, window, first, count);
-            let m = x.result(first + count - 1) + w;
+            let band = Band::new(rows.shape, window, first, count);
+            let x = band.read(pool, &rows);
+            let g = Band::new(grad.shape, window, first, count).read(pool, &grad);
+            let m = band.result(first + count - 1) + w;
             for dy in 0..window.side {
                 // Result row m is pixel m of the band; its gradient is one row and one pixel further
                 // in, where the zero pixels between the rows cancel what the product computes there.
-                let skip = window.before * (x.pitch + 1) * cout;
+                let skip = window.before * (band.pitch + 1) * cout;
                 let k = c * window.side;
-                let a = Mat::new(&x.data.values()[dy * x.pitch * x.channels..], c).t();
-                let b = Mat::new(&g.data.values()[skip..], cout);
+                let a = Mat::new(&x.values()[dy * band.pitch * c..], c).t();
+                let b = Mat::new(&g.values()[skip..], cout);
                 let out = Dst { values: &mut out[dy * k * cout..][..k * cout], rows: cout, accumulate };
                 matmul((k, cout, m), out, a, b, gain, threads);
             }

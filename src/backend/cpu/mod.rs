@@ -15,7 +15,7 @@ mod weights;
 use super::*;
 use crate::backend::codec::Reach;
 use crate::params::{ParamId, ParamTable, Portions, mp_sum_weights};
-use crate::real::{Dst, Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu};
+use crate::real::{Dst, Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu, simd};
 use crate::rng::dropped;
 use conv::{Filter, ImageRows};
 use rayon::prelude::*;
@@ -25,7 +25,7 @@ use tensor::Pool;
 use weights::Param;
 
 pub use crate::real::Real;
-pub use bf16::is_available as bf16_is_available;
+pub use bf16::{is_available as bf16_is_available, is_fast as bf16_is_fast};
 pub use tensor::Tensor;
 
 /// A CPU as a device; it computes on all threads of rayon's pool. It holds the parameters of a network, or none
@@ -167,7 +167,12 @@ impl<T: Real> Cpu<T> {
     fn convolve(&self, id: ParamId, x: Operand<Tensor<T>>, out: &mut [T], done: impl Fn(usize, &[T], &mut [T]) + Sync) {
         let param = &self.params[id];
         let (cout, _, taps) = param.dims();
-        let read = |row: usize, dst: &mut [T]| read_operand(&x, row, dst);
+        let read = |row: usize, dst: &mut [T]| {
+            simd(
+                #[inline(always)]
+                || read_operand(&x, row, dst),
+            )
+        };
         let rows = ImageRows { shape: operand_shape(&x), read: &read };
         let packed = self.bf16.then(|| param.packed()).flatten();
         let filter = Filter { packed, ..Filter::new(param.effective(), cout, Reach::of_taps(taps).window()) };

@@ -1,0 +1,287 @@
+//! Products in bfloat16 with f32 sums, for sampling: on the matrix unit of an Intel Xeon (AMX), or with AVX-512 BF16.
+//!
+//! Both multiply pairs of values: `vdpbf16ps` adds two products to each of 16 sums, `tdpbf16ps` 32 products to each of
+//! 256. So weights are packed in pairs of rows, once; the rows of the left matrix are read as they lie in memory:
+//!
+//! ```text
+//! weights  for each block of columns, of the rows 0 1, 2 3, ...:   w[0][0] w[1][0]  w[0][1] w[1][1]  ...
+//! ```
+//!
+//! A sum runs over all of k in an order that depends on nothing else, whatever the number of rows: an image does not depend
+//! on its batch.
+
+use bytemuck::{Pod, Zeroable, cast_slice, cast_slice_mut};
+use rayon::prelude::*;
+
+use crate::real::{Mat, Threads};
+
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+/// The instructions of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    /// `vdpbf16ps`.
+    Avx512,
+    /// `tdpbf16ps`, where the number of rows is a multiple of what a tile holds.
+    Amx,
+}
+
+impl Unit {
+    /// What this processor and system have.
+    pub fn all() -> &'static [Self] {
+        #[cfg(target_arch = "x86_64")]
+        return match (avx512::is_available(), amx::is_available()) {
+            (true, true) => &[Self::Avx512, Self::Amx],
+            (true, false) => &[Self::Avx512],
+            (false, _) => &[],
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        &[]
+    }
+
+    /// The best for products over `k` values.
+    fn best(k: usize) -> Option<Self> {
+        Self::all().iter().rev().copied().find(|&unit| unit != Self::Amx || k.is_multiple_of(32))
+    }
+
+    /// Columns that are summed at once.
+    fn columns(self) -> usize {
+        match self {
+            Self::Avx512 => 64,
+            Self::Amx => 32,
+        }
+    }
+
+    /// Rows that are summed at once.
+    fn rows(self) -> usize {
+        match self {
+            Self::Avx512 => 6,
+            Self::Amx => 32,
+        }
+    }
+}
+
+/// Columns of a register or a tile.
+const LANES: usize = 16;
+
+/// Whether this processor multiplies in bfloat16.
+pub fn is_available() -> bool {
+    !Unit::all().is_empty()
+}
+
+/// Whether it does so faster than in f32. Of Intel's processors only those with a matrix unit do: `vdpbf16ps` takes them
+/// as long as the four multiply-adds of f32 that it stands for.
+pub fn is_fast() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return Unit::all().contains(&Unit::Amx) || (is_available() && !avx512::is_intel());
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// A cache line of values.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+struct Line([u16; 32]);
+
+/// Right matrices `[parts][k][cout]` of products, k even, rounded and packed.
+#[derive(Clone)]
+pub struct Packed {
+    lines: Vec<Line>,
+    unit: Unit,
+    k: usize,
+    cout: usize,
+}
+
+debug!(Packed { unit, k, cout });
+
+impl Packed {
+    /// Packs matrices of `k` rows, an even number, and `cout` columns.
+    ///
+    /// # Panics
+    /// If the processor has no unit.
+    pub fn new(weight: &[f32], k: usize, cout: usize) -> Self {
+        Self::for_unit(Unit::best(k).expect("a processor that multiplies in bfloat16"), weight, k, cout)
+    }
+
+    fn for_unit(unit: Unit, weight: &[f32], k: usize, cout: usize) -> Self {
+        let wide = cout.next_multiple_of(LANES);
+        let parts = weight.len() / (k * cout);
+        let mut lines = vec![Line::zeroed(); parts * k * wide / 32];
+        let values: &mut [u16] = cast_slice_mut(&mut lines);
+        values.par_chunks_mut(k * wide).zip(weight.par_chunks(k * cout)).for_each(|(to, from)| {
+            // Every column has k values, so a block begins k times as far in as the columns before it.
+            for (block, to) in to.chunks_mut(k * unit.columns()).enumerate() {
+                let columns = to.len() / k;
+                for (row, from) in from.chunks_exact(cout).enumerate() {
+                    let from = &from[block * unit.columns()..cout.min((block + 1) * unit.columns())];
+                    let to = &mut to[row / 2 * 2 * columns + row % 2..];
+                    from.iter().enumerate().for_each(|(i, &x)| to[2 * i] = half::bf16::from_f32(x).to_bits());
+                }
+            }
+        });
+        Self { lines, unit, k, cout }
+    }
+
+    /// `columns` columns of matrix number `part` from `first` on, where a block begins.
+    fn block(&self, part: usize, first: usize, columns: usize) -> &[u16] {
+        let values: &[u16] = cast_slice(&self.lines);
+        let size = self.k * self.cout.next_multiple_of(LANES);
+        &values[part * size + first * self.k..][..columns.next_multiple_of(LANES) * self.k]
+    }
+}
+
+/// Rounds values to bfloat16, to nearest even.
+///
+/// # Panics
+/// If there are more of them than places, or the processor does not multiply in bfloat16.
+pub fn narrow(from: &[f32], to: &mut [u16]) {
+    assert!(is_available() && from.len() == to.len(), "{} values for {} places", from.len(), to.len());
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as asserted.
+    unsafe {
+        avx512::narrow(from, to);
+    }
+}
+
+/// Matrices that [`product`] takes at most: the rows of a 3x3 kernel.
+const MAX_TERMS: usize = 3;
+
+/// Some rows and columns of the sums.
+struct Block {
+    rows: usize,
+    columns: usize,
+    /// Values of a matrix's row on the left.
+    k: usize,
+    /// First values of the left and of the right matrices.
+    terms: [[*const u16; 2]; MAX_TERMS],
+    /// How many of them there are.
+    count: usize,
+    /// Values from row to row of the left matrices.
+    a_rows: usize,
+    dst: *mut f32,
+    /// The same of the sums.
+    dst_rows: usize,
+}
+
+/// Where sums are written.
+#[derive(Clone, Copy)]
+struct Target(*mut f32);
+
+// SAFETY: each thread writes columns that no other one does.
+unsafe impl Sync for Target {}
+// SAFETY: as above.
+unsafe impl Send for Target {}
+
+/// Writes the sum over i of `a[i]` [m, k], whose rows are contiguous and equally far apart, times matrix `part + i` of
+/// `b` to `dst` [m, cout], whose rows are `dst_rows` values apart.
+///
+/// # Panics
+/// If there are more than three matrices, or a slice is too short.
+pub fn product(m: usize, dst: &mut [f32], dst_rows: usize, a: &[Mat<u16>], b: &Packed, part: usize, threads: Threads) {
+    let (k, cout, unit) = (b.k, b.cout, b.unit);
+    assert!(m > 0 && cout <= dst_rows && (m - 1) * dst_rows + cout <= dst.len());
+    let a_rows = a[0].rows;
+    assert!(a.iter().all(|a| a.cols == 1 && a.rows == a_rows && (m - 1) * a_rows + k <= a.data.len()));
+    let dst = Target(dst.as_mut_ptr());
+    let columns = |first: usize| {
+        // The whole of it: a closure would take the pointer alone.
+        let Target(dst) = { dst };
+        let columns = unit.columns().min(cout - first);
+        let mut terms = [[std::ptr::null(); 2]; MAX_TERMS];
+        for row in (0..m).step_by(unit.rows()) {
+            for (i, a) in a.iter().enumerate() {
+                terms[i] = [a.data[row * a_rows..].as_ptr(), b.block(part + i, first, columns).as_ptr()];
+            }
+            // SAFETY: the assertions above bound every access, `block` those to the right matrices.
+            unsafe {
+                let dst = dst.add(row * dst_rows + first);
+                let rows = unit.rows().min(m - row);
+                unit.sum(&Block { rows, columns, k, terms, count: a.len(), a_rows, dst, dst_rows });
+            }
+        }
+    };
+    let firsts = (0..cout.div_ceil(unit.columns())).map(|block| block * unit.columns());
+    match threads {
+        Threads::One => firsts.for_each(columns),
+        Threads::All => firsts.collect::<Vec<_>>().into_par_iter().for_each(columns),
+    }
+}
+
+impl Unit {
+    /// # Safety
+    /// The processor has it; what `block` points to is as large as it says.
+    unsafe fn sum(self, block: &Block) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::Avx512 => avx512::sum(block),
+                Self::Amx => amx::sum(block),
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("no processor of this kind has {self:?}: {block:?}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::{Purpose, Stream};
+
+    fn noise(len: usize, key: u64) -> Vec<f32> {
+        let mut values = vec![0.0; len];
+        Stream::new(5, Purpose::Init, key).normals(&mut values);
+        values
+    }
+
+    #[test]
+    fn products_are_those_of_the_rounded_values() {
+        let round = |x: f32| f64::from(half::bf16::from_f32(x));
+        let shapes = [
+            (1, 2, 1),
+            (6, 32, 64),
+            (7, 30, 65),
+            (13, 96, 130),
+            (100, 576, 192),
+            (5, 10, 16),
+            (47, 64, 47),
+            (33, 64, 3),
+        ];
+        if !is_available() {
+            eprintln!("skipped: no AVX-512 BF16");
+        }
+        for (&unit, (m, k, cout)) in Unit::all().iter().flat_map(|unit| shapes.map(|shape| (unit, shape))) {
+            if unit == Unit::Amx && k % 32 != 0 {
+                continue;
+            }
+            let (a_rows, dst_rows, parts) = (k + 4, cout + 3, 4);
+            let (x, w) = (noise(3 * m * a_rows, 1), noise(parts * k * cout, 2));
+            let mut a = vec![0; x.len()];
+            narrow(&x, &mut a);
+            let b = Packed::for_unit(unit, &w, k, cout);
+            let start = noise(m * dst_rows, 3);
+            for (part, terms, threads) in [(0, 1, Threads::One), (1, 3, Threads::All), (2, 2, Threads::One)] {
+                let mut dst = start.clone();
+                let left: Vec<_> = (0..terms).map(|i| Mat::new(&a[i * m * a_rows..], a_rows)).collect();
+                product(m, &mut dst, dst_rows, &left, &b, part, threads);
+                for (i, (&got, &before)) in dst.iter().zip(&start).enumerate() {
+                    let (row, column) = (i / dst_rows, i % dst_rows);
+                    if column >= cout {
+                        assert_eq!(got, before, "column {column} is not of the result");
+                        continue;
+                    }
+                    let x = |term: usize, j: usize| round(x[(term * m + row) * a_rows + j]);
+                    let w = |term: usize, j: usize| round(w[((part + term) * k + j) * cout + column]);
+                    let want: f64 = (0..terms * k).map(|j| x(j / k, j % k) * w(j / k, j % k)).sum();
+                    // As many roundings to f32, of sums of about sqrt(k).
+                    let bound = (terms * k) as f64 * f64::from(f32::EPSILON) * ((terms * k) as f64).sqrt();
+                    assert!((f64::from(got) - want).abs() <= bound, "{unit:?} {m} {k} {cout}: {got}, not {want}");
+                }
+            }
+        }
+    }
+}
