@@ -87,7 +87,7 @@ pub fn for_rows<T: Real>(out: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) 
 }
 
 /// A matrix in memory: `data[row * rows + column * cols]`.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Mat<'a, T> {
     /// Its values; the slice may reach beyond the matrix.
     pub data: &'a [T],
@@ -171,6 +171,49 @@ pub fn matmul<T: Real>((m, n, k): (usize, usize, usize), dst: Dst<T>, a: Mat<T>,
             parallelism,
         );
     }
+}
+
+/// Parts that a sum over contiguous values is made in, so that its loop becomes SIMD code.
+const LANES: usize = 16;
+
+/// The sum of products a[i] b[i], in an order that the number of values alone decides.
+#[inline(always)]
+pub fn dot<T: Real>(a: &[T], b: &[T]) -> T {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut sums = [T::zero(); LANES];
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..LANES {
+            sums[i] += a[i] * b[i];
+        }
+    }
+    let rest = a_rest.iter().zip(b_rest).map(|(&a, &b)| a * b);
+    sums.into_iter().chain(rest).fold(T::zero(), |a, b| a + b)
+}
+
+/// The sum of values, in an order that their number alone decides.
+#[inline(always)]
+pub fn sum<T: Real>(values: &[T]) -> T {
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    let mut sums = [T::zero(); LANES];
+    for chunk in chunks {
+        for i in 0..LANES {
+            sums[i] += chunk[i];
+        }
+    }
+    sums.iter().chain(rest).fold(T::zero(), |a, &b| a + b)
+}
+
+/// The largest value, NaN apart.
+#[inline(always)]
+pub fn max<T: Real>(values: &[T]) -> T {
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    let mut most = [T::neg_infinity(); LANES];
+    for chunk in chunks {
+        for i in 0..LANES {
+            most[i] = if chunk[i] > most[i] { chunk[i] } else { most[i] };
+        }
+    }
+    most.iter().chain(rest).fold(T::neg_infinity(), |a, &b| a.max(b))
 }
 
 /// SiLU divided by the magnitude of its output for unit normal input (eq. 81).

@@ -3,8 +3,9 @@
 //! For each image and head: S = q k^T / sqrt(c) over T = h w tokens, y = softmax(S) v. Cost: 2 T^2 c
 //! multiply-adds forward, 5 T^2 c backward (the scores are computed again rather than kept).
 
-use super::tensor::{Pool, Tensor};
-use crate::real::{Dst, Mat, NORM_EPS, Real, Threads, matmul, simd};
+use super::bf16::{self, Packed};
+use super::tensor::{Halves, Pool, Tensor};
+use crate::real::{Dst, Mat, NORM_EPS, Real, Threads, dot, matmul, max, simd, sum};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ struct Normed<T> {
 }
 
 /// Reads part `part` (0 q, 1 k, 2 v) of one head from channel `(head * c + i) * 3 + part`.
+#[inline(always)]
 fn gather<T: Real>(qkv: &[T], width: usize, head: usize, c: usize, part: usize) -> Normed<T> {
     let tokens = qkv.len() / width;
     let mut values = Vec::with_capacity(tokens * c);
@@ -25,7 +27,7 @@ fn gather<T: Real>(qkv: &[T], width: usize, head: usize, c: usize, part: usize) 
         values.extend(head.chunks_exact(3).map(|x| x[part]));
         let last = values.len() - c;
         let row = &mut values[last..];
-        let mean_square = row.iter().map(|&x| x * x).fold(T::zero(), |a, b| a + b) / T::of(c as f64);
+        let mean_square = dot(row, row) / T::of(c as f64);
         let r = mean_square.sqrt();
         row.iter_mut().for_each(|x| *x /= T::of(NORM_EPS) + r);
         rms.push(r);
@@ -47,13 +49,14 @@ impl<T: Real> Normed<T> {
 #[inline(always)]
 pub fn normalize_backward<T: Real>(grad: &mut [T], y: &[T], r: T, count: T) {
     let d = T::of(NORM_EPS) + r;
-    let dot = grad.iter().zip(y).map(|(&g, &y)| g * y).fold(T::zero(), |a, b| a + b);
+    let dot = dot(grad, y);
     // dL/dx = g/d - x (g.x) / (count r d^2), and x = y d. At r = 0 the second term vanishes with x.
     let along = if r > T::zero() { dot / (count * r) } else { T::zero() };
     grad.iter_mut().zip(y).for_each(|(g, &y)| *g = *g / d - y * along);
 }
 
 /// softmax(q k^T / sqrt(c)), [tokens, tokens].
+#[inline(always)]
 fn probabilities<T: Real>(q: &Normed<T>, k: &Normed<T>, c: usize) -> Vec<T> {
     let tokens = q.rms.len();
     let mut s = vec![T::zero(); tokens * tokens];
@@ -73,11 +76,57 @@ fn probabilities<T: Real>(q: &Normed<T>, k: &Normed<T>, c: usize) -> Vec<T> {
 /// Turns a row of scores into probabilities.
 #[inline(always)]
 pub fn softmax<T: Real>(row: &mut [T]) {
-    let max = row.iter().fold(T::neg_infinity(), |a, &b| a.max(b));
+    let max = max(row);
     row.iter_mut().for_each(|x| *x = (*x - max).exp_simd());
-    let sum = row.iter().fold(T::zero(), |a, &b| a + b);
-    let inverse = T::one() / sum;
+    let inverse = T::one() / sum(row);
     row.iter_mut().for_each(|x| *x *= inverse);
+}
+
+/// Keys and values of a head [tokens, c], for products in bfloat16.
+pub struct NarrowHead {
+    keys: Packed,
+    values: Packed,
+    tokens: usize,
+    c: usize,
+}
+
+impl NarrowHead {
+    /// Rounds keys and values. `T` must be f32.
+    pub fn new<T: Real>([tokens, c]: [usize; 2], keys: Mat<T>, values: Mat<T>) -> Self {
+        let [keys, values] =
+            [keys.t(), values].map(|x| Mat { data: T::as_f32(x.data).expect("f32"), rows: x.rows, cols: x.cols });
+        Self { keys: Packed::matrix(keys, c, tokens), values: Packed::matrix(values, tokens, c), tokens, c }
+    }
+
+    /// `out` [m, c] = softmax(q k^T / sqrt(c)) v for m queries, whose rows are contiguous. `T` must be f32.
+    pub fn attend<T: Real>(&self, pool: &Arc<Pool<T>>, queries: Mat<T>, out: &mut [T]) {
+        let Self { keys, values, tokens, c } = self;
+        let (m, scale) = (out.len() / c, T::of(1.0 / (*c as f64).sqrt()));
+        let mut left = Halves::uninit(pool, m * keys.k().max(values.k()));
+        let mut scores = Tensor::uninit(pool, [1, 1, m, (*tokens).max(*c)]);
+        // Writes rows of `scores`, followed by zeros.
+        let narrow = |left: &mut [u16], scores: &[T], columns: usize, k: usize| {
+            for (to, row) in left.chunks_exact_mut(k).zip(scores.chunks_exact(columns)) {
+                bf16::narrow(T::as_f32(row).expect("f32"), &mut to[..columns]);
+                to[columns..].fill(0);
+            }
+        };
+        let scaled = &mut scores.values_mut()[..m * c];
+        for (i, row) in scaled.chunks_exact_mut(*c).enumerate() {
+            row.iter_mut().zip(&queries.data[i * queries.rows..]).for_each(|(y, &x)| *y = x * scale);
+        }
+        narrow(left.values_mut(), scaled, *c, keys.k());
+        let to = T::as_f32_mut(scores.values_mut()).expect("f32");
+        bf16::product(m, to, *tokens, &[Mat::new(left.values(), keys.k())], keys, 0, Threads::One);
+        let scores = &mut scores.values_mut()[..m * tokens];
+        simd(
+            #[inline(always)]
+            || scores.chunks_exact_mut(*tokens).for_each(softmax),
+        );
+        narrow(left.values_mut(), scores, *tokens, values.k());
+        let to = T::as_f32_mut(out).expect("f32");
+        bf16::product(m, to, *c, &[Mat::new(left.values(), values.k())], values, 0, Threads::One);
+    }
 }
 
 /// Runs `f(image's qkv, head, result)` for each image and head, then interleaves the heads' results
@@ -92,11 +141,12 @@ fn for_heads<T: Real>(
     let [n, h, w, _] = qkv.shape();
     let tokens = h * w;
     let mut apart = Tensor::uninit(pool, [n, heads, tokens, per_head]);
-    apart
-        .values_mut()
-        .par_chunks_mut(tokens * per_head)
-        .enumerate()
-        .for_each(|(i, out)| simd(|| f(i / heads, i % heads, out)));
+    apart.values_mut().par_chunks_mut(tokens * per_head).enumerate().for_each(|(i, out)| {
+        simd(
+            #[inline(always)]
+            || f(i / heads, i % heads, out),
+        );
+    });
     let mut out = Tensor::uninit(pool, [n, h, w, heads * per_head]);
     crate::real::for_rows(out.values_mut(), heads * per_head, |i, row| {
         let (image, token) = (i / tokens, i % tokens);
@@ -108,16 +158,33 @@ fn for_heads<T: Real>(
 }
 
 /// See [`crate::backend::NetworkBackend::attention`].
-pub fn forward<T: Real>(pool: &Arc<Pool<T>>, qkv: &Tensor<T>, heads: usize) -> Tensor<T> {
+pub fn forward<T: Real>(pool: &Arc<Pool<T>>, qkv: &Tensor<T>, heads: usize, narrow: bool) -> Tensor<T> {
     let [_, h, w, width] = qkv.shape();
     let (tokens, c) = (h * w, width / heads / 3);
-    for_heads(pool, qkv, heads, c, |image, head, out| {
-        let x = &qkv.values()[image * tokens * width..][..tokens * width];
-        let [q, k, v] = [0, 1, 2].map(|part| gather(x, width, head, c, part));
-        let p = probabilities(&q, &k, c);
-        let (p, v) = (Mat::new(&p, tokens), Mat::new(&v.values, c));
-        matmul((tokens, c, tokens), Dst::new(out, c), p, v, T::one(), Threads::One);
-    })
+    for_heads(
+        pool,
+        qkv,
+        heads,
+        c,
+        #[inline(always)]
+        |image, head, out| {
+            let x = &qkv.values()[image * tokens * width..][..tokens * width];
+            let [q, k, v] = [0, 1, 2].map(
+                #[inline(always)]
+                |part| gather(x, width, head, c, part),
+            );
+            if narrow {
+                return NarrowHead::new([tokens, c], Mat::new(&k.values, c), Mat::new(&v.values, c)).attend(
+                    pool,
+                    Mat::new(&q.values, c),
+                    out,
+                );
+            }
+            let p = probabilities(&q, &k, c);
+            let (p, v) = (Mat::new(&p, tokens), Mat::new(&v.values, c));
+            matmul((tokens, c, tokens), Dst::new(out, c), p, v, T::one(), Threads::One);
+        },
+    )
 }
 
 /// See [`crate::backend::TrainingBackend::attention_backward`].
@@ -139,7 +206,7 @@ pub fn backward<T: Real>(pool: &Arc<Pool<T>>, qkv: &Tensor<T>, heads: usize, gra
         let mut gv = product(tokens, c, tokens, probs.t(), gy, one);
         let mut gs = product(tokens, tokens, c, gy, Mat::new(&v.values, c).t(), one);
         for (gs, p) in gs.chunks_exact_mut(tokens).zip(p.chunks_exact(tokens)) {
-            let mean = gs.iter().zip(p).map(|(&g, &p)| g * p).fold(T::zero(), |a, b| a + b);
+            let mean = dot(gs, p);
             gs.iter_mut().zip(p).for_each(|(g, &p)| *g = (*g - mean) * p);
         }
         let scores = Mat::new(&gs[..], tokens);

@@ -1,10 +1,10 @@
 //! The codecs' operations on the CPU.
 
-use super::attention::softmax;
+use super::attention::{NarrowHead, softmax};
 use super::bf16::Packed;
 use super::conv::{self, Filter, ImageRows};
 use super::tensor::Tensor;
-use super::{Cpu, copy_row};
+use super::{Cpu, pixels};
 use crate::backend::codec::{After, Before, CodecBackend, Reach, Window};
 use crate::real::{Dst, Mat, Real, Threads, for_rows, matmul, simd};
 use rayon::prelude::*;
@@ -30,25 +30,30 @@ impl<T: Real> Cpu<T, ()> {
 /// Queries of [`CodecBackend::self_attention`] whose scores are held at once, on each thread.
 const QUERIES: usize = 256;
 
-/// Image row `row` of x, through `before`.
+/// Pixels of image row `row` of x from number `pixel` on, through `before`.
 #[inline(always)]
-fn read<T: Real>(x: &Tensor<T>, before: Before<Tensor<T>>, row: usize, dst: &mut [T]) {
+fn read<T: Real>(x: &Tensor<T>, before: Before<Tensor<T>>, row: usize, pixel: usize, dst: &mut [T]) {
     let [_, h, _, c] = x.shape();
-    copy_row(x, row, dst);
+    let from = pixels(x, row, pixel);
     let (affine, silu) = match before {
-        Before::Nothing => return,
+        Before::Nothing => return dst.copy_from_slice(&from[..dst.len()]),
         Before::SoftClip => {
             let three = T::of(3.0);
-            return dst.iter_mut().for_each(|x| *x = (*x / three).tanh() * three);
+            return dst.iter_mut().zip(from).for_each(|(y, &x)| *y = (x / three).tanh() * three);
         }
         Before::Affine(affine) => (affine, false),
         Before::AffineSilu(affine) => (affine, true),
     };
     let (scale, shift) = affine.values()[row / h * 2 * c..][..2 * c].split_at(c);
-    for pixel in dst.chunks_exact_mut(c) {
-        for ((x, &scale), &shift) in pixel.iter_mut().zip(scale).zip(shift) {
-            let y = *x * scale + shift;
-            *x = if silu { y / (T::one() + (-y).exp_simd()) } else { y };
+    for (dst, from) in dst.chunks_exact_mut(c).zip(from.chunks_exact(c)) {
+        let affine = from.iter().zip(scale).zip(shift).map(
+            #[inline(always)]
+            |((&x, &scale), &shift)| x * scale + shift,
+        );
+        if silu {
+            dst.iter_mut().zip(affine).for_each(|(dst, y)| *dst = y / (T::one() + (-y).exp_simd()));
+        } else {
+            dst.iter_mut().zip(affine).for_each(|(dst, y)| *dst = y);
         }
     }
 }
@@ -84,10 +89,10 @@ impl<T: Real> CodecBackend for Cpu<T, ()> {
         let add = after.residual.is_some();
         let mut out = after.residual.unwrap_or_else(|| self.uninit(shape));
         assert_eq!(out.shape(), shape, "shape of a residual");
-        let read = |row: usize, dst: &mut [T]| {
+        let read = |row: usize, pixel: usize, dst: &mut [T]| {
             simd(
                 #[inline(always)]
-                || read(x, before, row, dst),
+                || read(x, before, row, pixel, dst),
             )
         };
         let rows = ImageRows { shape: x.shape(), read: &read };
@@ -153,10 +158,14 @@ impl<T: Real> CodecBackend for Cpu<T, ()> {
         let images = qkv.values().chunks_exact(tokens * width);
         for (qkv, out) in images.zip(out.values_mut().chunks_exact_mut(tokens * c)) {
             let [k, v] = [1, 2].map(|part| Mat::new(&qkv[part * c..], width));
+            let narrow = self.bf16.then(|| NarrowHead::new([tokens, c], k, v));
             out.par_chunks_mut(QUERIES * c).enumerate().for_each(|(i, out)| {
                 let m = out.len() / c;
-                let mut scores = Tensor::uninit(&self.pool, [1, 1, m, tokens]);
                 let q = Mat::new(&qkv[i * QUERIES * width..], width);
+                if let Some(head) = &narrow {
+                    return head.attend(&self.pool, q, out);
+                }
+                let mut scores = Tensor::uninit(&self.pool, [1, 1, m, tokens]);
                 matmul((m, tokens, c), Dst::new(scores.values_mut(), tokens), q, k.t(), scale, Threads::One);
                 simd(
                     #[inline(always)]

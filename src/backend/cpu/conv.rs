@@ -20,24 +20,23 @@
 //! and its product itself is spread over the threads.
 
 use super::bf16::{self, Packed};
-use super::tensor::{Pool, Tensor};
+use super::tensor::{Halves, Pool, Tensor};
 use crate::backend::Shape;
 use crate::backend::codec::{Reach, Window};
 use crate::real::{Dst, Mat, Real, Threads, matmul, simd};
-use bytemuck::{cast_slice, cast_slice_mut};
 use rayon::prelude::*;
 use std::sync::Arc;
 
 /// Pixels of a band. Its input (some hundred channels) fits the L2 cache of one core.
 const BAND_PIXELS: usize = 1024;
 
-/// Where the values of image row `row` (counted over the whole batch) come from: `read(row, dst)` writes
-/// w * channels values.
+/// Where the values of an image come from: `read(row, pixel, dst)` writes some of the pixels of row `row` (counted over
+/// the whole batch), from number `pixel` on.
 pub struct ImageRows<'a, T> {
     /// Shape of the image that is read.
     pub shape: Shape,
-    /// Writes one row.
-    pub read: &'a (dyn Fn(usize, &mut [T]) + Sync),
+    /// Writes some pixels.
+    pub read: &'a (dyn Fn(usize, usize, &mut [T]) + Sync),
 }
 
 /// Zero pixels between two rows of a band, and zero rows between two of its images.
@@ -147,37 +146,36 @@ impl Band {
     /// The band of `rows`.
     fn read<T: Real>(&self, pool: &Arc<Pool<T>>, rows: &ImageRows<T>) -> Tensor<T> {
         let mut data = Tensor::uninit(pool, [1, 1, 1, self.len()]);
-        self.fill(data.values_mut(), T::zero(), rows.read);
+        self.fill(data.values_mut(), T::zero(), |row, dst| (rows.read)(row, 0, dst));
         data
     }
 
-    /// The same in bfloat16, as [`narrow`] finds it. `T` must be f32.
-    fn read_narrow<T: Real>(&self, pool: &Arc<Pool<T>>, rows: &ImageRows<T>) -> Tensor<T> {
-        let [_, _, w, channels] = self.shape;
-        let mut row_of = Tensor::uninit(pool, [1, 1, w, channels]);
-        let mut data = Tensor::uninit(pool, [1, 1, 1, self.len().div_ceil(2) + LINE]);
-        let values: &mut [u16] = cast_slice_mut(T::as_f32_mut(data.values_mut()).expect("f32"));
-        let skipped = line_begins(values);
-        self.fill(&mut values[skipped..], 0, |row, dst| {
-            (rows.read)(row, row_of.values_mut());
-            bf16::narrow(T::as_f32(row_of.values()).expect("f32"), dst);
+    /// The same in bfloat16. `T` must be f32.
+    fn read_narrow<T: Real>(&self, pool: &Arc<Pool<T>>, rows: &ImageRows<T>) -> Halves<T> {
+        let [.., channels] = self.shape;
+        let mut some = Tensor::uninit(pool, [1, 1, (NARROWED / channels).max(1), channels]);
+        let mut data = Halves::uninit(pool, self.len());
+        self.fill(data.values_mut(), 0, |row, dst| {
+            let some = some.values_mut();
+            let pixels = some.len() / channels;
+            for (i, dst) in dst.chunks_mut(some.len()).enumerate() {
+                let some = &mut some[..dst.len()];
+                (rows.read)(row, i * pixels, some);
+                bf16::narrow(T::as_f32(some).expect("f32"), dst);
+            }
         });
         data
     }
 }
 
-/// Values of f32 in a cache line.
-const LINE: usize = 16;
+/// Values that are read before they are rounded to bfloat16: what the L1 cache holds beside those that they are made of.
+const NARROWED: usize = 4096;
 
-/// The first value that begins a cache line.
-fn line_begins(values: &[u16]) -> usize {
-    values.as_ptr().align_offset(4 * LINE)
-}
-
-/// The band that [`Band::read_narrow`] made.
-fn narrow<T: Real>(data: &Tensor<T>) -> &[u16] {
-    let values: &[u16] = cast_slice(T::as_f32(data.values()).expect("f32"));
-    &values[line_begins(values)..]
+/// What a band holds.
+enum Data<'a, T: Real> {
+    Wide(Tensor<T>),
+    /// In bfloat16, with the weights that it is multiplied by.
+    Narrow(Halves<T>, &'a Packed),
 }
 
 /// Below this many pixels a band spends more on packing the weights than its thread gains.
@@ -225,7 +223,10 @@ pub fn conv<T: Real>(
         let first = i * height;
         let count = height.min(total - first);
         let band = Band::new(rows.shape, window, first, count);
-        let data = if packed.is_some() { band.read_narrow(pool, &rows) } else { band.read(pool, &rows) };
+        let data = match packed {
+            None => Data::Wide(band.read(pool, &rows)),
+            Some(packed) => Data::Narrow(band.read_narrow(pool, &rows), packed),
+        };
         // A product with one row would be one with a vector, which `gemm` sums in another order.
         let m = (band.result(first + count - 1) + w).max(2);
         let mut y = Tensor::uninit(pool, [scale, m, scale, cout]);
@@ -233,18 +234,21 @@ pub fn conv<T: Real>(
             let (py, px) = (phase / scale, phase % scale);
             let y = &mut y.values_mut()[(py * m * scale + px) * cout..];
             let begin = |dy: usize| (band.line(py + dy) + px) * c;
-            if let Some(packed) = packed {
-                let a: Vec<_> = (0..side).map(|dy| Mat::new(&narrow(&data)[begin(dy)..], stride * c)).collect();
-                let y = T::as_f32_mut(y).expect("f32");
-                bf16::product(m, y, scale * cout, &a, packed, phase * side, threads);
-                continue;
-            }
-            for (dy, k0) in (0..side).flat_map(|dy| (0..k).step_by(block).map(move |k0| (dy, k0))) {
-                let a = Mat { rows: stride * c, ..Mat::new(&data.values()[begin(dy) + k0..], c) };
-                let b = Mat::new(&weight[(dy * k + k0) * cout..], cout);
-                let shape = (m, cout, block.min(k - k0));
-                let to = Dst { values: y, rows: scale * cout, accumulate: dy + k0 > 0 };
-                matmul(shape, to, a, b, T::one(), threads);
+            match &data {
+                Data::Narrow(x, packed) => {
+                    let a: Vec<_> = (0..side).map(|dy| Mat::new(&x.values()[begin(dy)..], stride * c)).collect();
+                    let y = T::as_f32_mut(y).expect("f32");
+                    bf16::product(m, y, scale * cout, &a, packed, phase * side, threads);
+                }
+                Data::Wide(x) => {
+                    for (dy, k0) in (0..side).flat_map(|dy| (0..k).step_by(block).map(move |k0| (dy, k0))) {
+                        let a = Mat { rows: stride * c, ..Mat::new(&x.values()[begin(dy) + k0..], c) };
+                        let b = Mat::new(&weight[(dy * k + k0) * cout..], cout);
+                        let shape = (m, cout, block.min(k - k0));
+                        let to = Dst { values: y, rows: scale * cout, accumulate: dy + k0 > 0 };
+                        matmul(shape, to, a, b, T::one(), threads);
+                    }
+                }
             }
         }
         simd(
@@ -380,8 +384,9 @@ mod tests {
             for (c, cout, taps) in [(128, 64, 9), (256, 64, 9), (600, 16, 9), (600, 64, 1), (130, 130, 9), (5, 3, 9)] {
                 let weight = noise(taps * c * cout, 99);
                 let run = |first: usize, n: usize, narrow: bool| {
-                    let rows =
-                        |row: usize, dst: &mut [f32]| dst.copy_from_slice(&noise(w * c, (first * h + row) as u64));
+                    let rows = |row: usize, pixel: usize, dst: &mut [f32]| {
+                        dst.copy_from_slice(&noise(w * c, (first * h + row) as u64)[pixel * c..][..dst.len()]);
+                    };
                     let rows = ImageRows { shape: [n, h, w, c], read: &rows };
                     let mut out = vec![0.0; n * h * w * cout];
                     let mut filter = Filter::new(&weight, cout, Reach::of_taps(taps).window());

@@ -15,7 +15,7 @@ mod weights;
 use super::*;
 use crate::backend::codec::Reach;
 use crate::params::{ParamId, ParamTable, Portions, mp_sum_weights};
-use crate::real::{Dst, Mat, NORM_EPS, Threads, for_rows, matmul, mp_silu, simd};
+use crate::real::{Dst, Mat, NORM_EPS, Threads, dot, for_rows, matmul, mp_silu, simd};
 use crate::rng::dropped;
 use conv::{Filter, ImageRows};
 use rayon::prelude::*;
@@ -167,12 +167,7 @@ impl<T: Real> Cpu<T> {
     fn convolve(&self, id: ParamId, x: Operand<Tensor<T>>, out: &mut [T], done: impl Fn(usize, &[T], &mut [T]) + Sync) {
         let param = &self.params[id];
         let (cout, _, taps) = param.dims();
-        let read = |row: usize, dst: &mut [T]| {
-            simd(
-                #[inline(always)]
-                || read_operand(&x, row, dst),
-            )
-        };
+        let read = |row: usize, pixel: usize, dst: &mut [T]| read_operand(&x, row, pixel, dst);
         let rows = ImageRows { shape: operand_shape(&x), read: &read };
         let packed = self.bf16.then(|| param.packed()).flatten();
         let filter = Filter { packed, ..Filter::new(param.effective(), cout, Reach::of_taps(taps).window()) };
@@ -184,7 +179,8 @@ impl<T: Real> Cpu<T> {
         let param = &self.params[id];
         let (cout, cin, taps) = param.dims();
         let weight = conv::transpose(&self.pool, param.effective(), taps, cin, cout);
-        let read = |row: usize, dst: &mut [T]| copy_row(grad, row, dst);
+        let read =
+            |row: usize, pixel: usize, dst: &mut [T]| dst.copy_from_slice(&pixels(grad, row, pixel)[..dst.len()]);
         let rows = ImageRows { shape: grad.shape(), read: &read };
         let filter = Filter::new(weight.values(), cin, Reach::of_taps(taps).window());
         conv::conv(&self.pool, rows, filter, out, done);
@@ -193,6 +189,12 @@ impl<T: Real> Cpu<T> {
 
 fn copy_row<T: Real>(x: &Tensor<T>, row: usize, dst: &mut [T]) {
     dst.copy_from_slice(&x.values()[row * dst.len()..][..dst.len()]);
+}
+
+/// The pixels of image row `row` of x from number `pixel` on.
+fn pixels<T: Real>(x: &Tensor<T>, row: usize, pixel: usize) -> &[T] {
+    let [_, _, w, c] = x.shape();
+    &x.values()[(row * w + pixel) * c..]
 }
 
 fn operand_shape<T: Real>(x: &Operand<Tensor<T>>) -> Shape {
@@ -207,24 +209,26 @@ fn parts<'a, T: Real>(x: &Operand<'a, Tensor<T>>) -> impl Iterator<Item = (&'a T
     std::iter::once(first).chain(second)
 }
 
-/// Writes image row `row` of the operand, concatenated, scaled and activated.
-#[inline(always)]
-fn read_operand<T: Real>(x: &Operand<Tensor<T>>, row: usize, dst: &mut [T]) {
-    let [_, _, w, c] = operand_shape(x);
-    if x.skip.is_none() && x.x_scale == 1.0 {
-        copy_row(x.x, row, dst);
-    } else {
-        for (part, scale, offset) in parts(x) {
-            let channels = part.shape()[3];
-            let from = part.values()[row * w * channels..].chunks_exact(channels);
-            for (dst, from) in dst.chunks_exact_mut(c).zip(from) {
-                dst[offset..offset + channels].iter_mut().zip(from).for_each(|(d, &x)| *d = x * scale);
+/// Writes pixels of image row `row` of the operand from number `pixel` on, concatenated, scaled and activated.
+fn read_operand<T: Real>(x: &Operand<Tensor<T>>, row: usize, pixel: usize, dst: &mut [T]) {
+    let [.., c] = operand_shape(x);
+    simd(
+        #[inline(always)]
+        || {
+            for (part, scale, offset) in parts(x) {
+                let channels = part.shape()[3];
+                let from = pixels(part, row, pixel).chunks_exact(channels);
+                for (dst, from) in dst.chunks_exact_mut(c).zip(from) {
+                    let dst = dst[offset..offset + channels].iter_mut().zip(from);
+                    if x.silu {
+                        dst.for_each(|(d, &x)| *d = mp_silu(x * scale));
+                    } else {
+                        dst.for_each(|(d, &x)| *d = x * scale);
+                    }
+                }
             }
-        }
-    }
-    if x.silu {
-        dst.iter_mut().for_each(|d| *d = mp_silu(*d));
-    }
+        },
+    );
 }
 
 /// 2x2 average of two image rows of `c` channels into one.
@@ -241,7 +245,7 @@ fn average<T: Real>(upper: &[T], lower: &[T], c: usize, dst: &mut [T]) {
 /// x / (eps + rms(x)); returns the rms.
 #[inline(always)]
 fn normalize<T: Real>(x: &mut [T]) -> T {
-    let mean_square = x.iter().map(|&x| x * x).fold(T::zero(), |a, b| a + b) / T::of(x.len() as f64);
+    let mean_square = dot(x, x) / T::of(x.len() as f64);
     let r = mean_square.sqrt();
     let factor = T::one() / (T::of(NORM_EPS) + r);
     x.iter_mut().for_each(|x| *x *= factor);
@@ -504,7 +508,7 @@ impl<T: Real> NetworkBackend for Cpu<T> {
     }
 
     fn attention(&mut self, qkv: &Tensor<T>, heads: usize) -> Tensor<T> {
-        attention::forward(&self.pool, qkv, heads)
+        attention::forward(&self.pool, qkv, heads, self.bf16)
     }
 }
 

@@ -3,7 +3,8 @@
 use crate::backend::Shape;
 use crate::real::Real;
 use crate::system::advise_huge_pages;
-use std::collections::HashMap;
+use bytemuck::{cast_slice, cast_slice_mut};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 /// Freed buffers. They are used again because fresh pages cost more than the arithmetic on them.
@@ -14,7 +15,7 @@ debug!(Pool<T> {} [T]);
 
 #[derive(Default)]
 struct Freed<T> {
-    by_length: HashMap<usize, Vec<Vec<T>>>,
+    by_length: BTreeMap<usize, Vec<Vec<T>>>,
     /// Values in them.
     values: usize,
     /// Values of the tensors that are in use, and the most that were at once.
@@ -23,12 +24,13 @@ struct Freed<T> {
 }
 
 impl<T> Freed<T> {
+    /// The smallest buffer that holds `length` values and not more than twice as many.
     fn take(&mut self, length: usize) -> Option<Vec<T>> {
-        self.live += length;
+        let buffer = self.by_length.range_mut(length..=2 * length).find_map(|(_, buffers)| buffers.pop());
+        self.values -= buffer.as_ref().map_or(0, Vec::len);
+        self.live += buffer.as_ref().map_or(length, Vec::len);
         self.most = self.most.max(self.live);
-        let buffer = self.by_length.get_mut(&length)?.pop()?;
-        self.values -= length;
-        Some(buffer)
+        buffer
     }
 
     fn put(&mut self, buffer: Vec<T>) {
@@ -43,7 +45,7 @@ impl<T> Freed<T> {
     }
 
     fn clear(&mut self) {
-        (self.by_length, self.values, self.most) = (HashMap::new(), 0, self.live);
+        (self.by_length, self.values, self.most) = (BTreeMap::new(), 0, self.live);
     }
 }
 
@@ -104,7 +106,7 @@ impl<T: Real> Tensor<T> {
 
     /// Its values.
     pub fn values(&self) -> &[T] {
-        &self.buffer.values
+        &self.buffer.values[..self.shape.iter().product()]
     }
 
     /// Its values, to be changed; copies them first if another tensor shares them.
@@ -114,7 +116,39 @@ impl<T: Real> Tensor<T> {
             copy.values_mut().copy_from_slice(self.values());
             *self = copy;
         }
-        &mut Arc::get_mut(&mut self.buffer).expect("the only owner").values
+        let buffer = Arc::get_mut(&mut self.buffer).expect("the only owner");
+        &mut buffer.values[..self.shape.iter().product()]
+    }
+}
+
+/// Values of 16 bits from the beginning of a cache line on, in a tensor's memory. `T` must be f32.
+pub struct Halves<T: Real> {
+    memory: Tensor<T>,
+    len: usize,
+}
+
+debug!(Halves<T> { len } [T: Real]);
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+impl<T: Real> Halves<T> {
+    /// Arbitrary values.
+    pub fn uninit(pool: &Arc<Pool<T>>, len: usize) -> Self {
+        Self { memory: Tensor::uninit(pool, [1, 1, 1, (2 * len + LINE) / 4 + 1]), len }
+    }
+
+    /// The values.
+    pub fn values(&self) -> &[u16] {
+        let all: &[u16] = cast_slice(T::as_f32(self.memory.values()).expect("f32"));
+        &all[all.as_ptr().align_offset(LINE)..][..self.len]
+    }
+
+    /// The values, to be changed.
+    pub fn values_mut(&mut self) -> &mut [u16] {
+        let all: &mut [u16] = cast_slice_mut(T::as_f32_mut(self.memory.values_mut()).expect("f32"));
+        let skipped = all.as_ptr().align_offset(LINE);
+        &mut all[skipped..][..self.len]
     }
 }
 

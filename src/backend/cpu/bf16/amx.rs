@@ -54,6 +54,17 @@ struct Config {
     rows: [u8; 16],
 }
 
+/// Asks for eight lines of the weights of the step after next, from line `$from` on.
+macro_rules! ahead {
+    ($from:literal) => {
+        concat!(ahead!(@ $from, 0), ahead!(@ $from, 1), ahead!(@ $from, 2), ahead!(@ $from, 3), ahead!(@ $from, 4),
+            ahead!(@ $from, 5), ahead!(@ $from, 6), ahead!(@ $from, 7))
+    };
+    (@ $from:literal, $line:literal) => {
+        concat!("prefetcht0 [{b} + 4096 + 64*(", $from, " + ", $line, ")]\n")
+    };
+}
+
 /// # Safety
 /// The unit [can be used](is_available); `block` is as large as it says, and has no more than 32 rows and columns.
 pub unsafe fn sum(block: &Block) {
@@ -106,11 +117,15 @@ pub unsafe fn sum(block: &Block) {
             "tileloadd tmm4, [{a} + {a_rows}]",
             "tileloadd tmm6, [{b} + {b_rows}]",
             "tdpbf16ps tmm0, tmm4, tmm6",
+            ahead!(0),
             "tileloadd tmm5, [{a2} + {a_rows}]",
             "tdpbf16ps tmm2, tmm5, tmm6",
+            ahead!(8),
             "tileloadd tmm7, [{b2} + {b_rows}]",
             "tdpbf16ps tmm1, tmm4, tmm7",
+            ahead!(16),
             "tdpbf16ps tmm3, tmm5, tmm7",
+            ahead!(24),
             "add {a}, 64",
             "add {a2}, 64",
             // 16 pairs of rows.

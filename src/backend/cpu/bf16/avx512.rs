@@ -44,6 +44,27 @@ pub unsafe fn narrow(from: &[f32], to: &mut [u16]) {
 }
 
 /// # Safety
+/// The processor [can](is_available); there are twice as many places in `to` as values in each of the rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub unsafe fn interleave([even, odd]: [&[f32]; 2], to: &mut [u16]) {
+    let order: [u16; 2 * LANES] = std::array::from_fn(|i| (i / 2 + i % 2 * LANES) as u16);
+    // SAFETY: as many bytes as a register has.
+    let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
+    let whole = even.len() / LANES * LANES;
+    for i in (0..whole).step_by(LANES) {
+        // SAFETY: 16 values from `i` on are there, and 32 places from 2 i on.
+        unsafe {
+            let (even, odd) = (_mm512_loadu_ps(even.as_ptr().add(i)), _mm512_loadu_ps(odd.as_ptr().add(i)));
+            let both = transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(odd, even));
+            _mm512_storeu_si512(to.as_mut_ptr().add(2 * i).cast(), _mm512_permutexvar_epi16(order, both));
+        }
+    }
+    for (i, to) in to.chunks_exact_mut(2).enumerate().skip(whole) {
+        to.copy_from_slice(&[even[i], odd[i]].map(|x| half::bf16::from_f32(x).to_bits()));
+    }
+}
+
+/// # Safety
 /// The processor [can](is_available); `block` is as large as it says, and has no more rows and columns than the unit.
 pub unsafe fn sum(block: &Block) {
     // SAFETY: the caller's promise.

@@ -62,6 +62,29 @@ impl Unit {
             Self::Amx => 32,
         }
     }
+
+    /// Packs a matrix into `to`, which has `k` rows.
+    fn pack(self, to: &mut [u16], k: usize, from: Mat<f32>, [rows, cout]: [usize; 2]) {
+        let round =
+            |row: usize, column: usize| half::bf16::from_f32(from.data[row * from.rows + column * from.cols]).to_bits();
+        // Every column has k values, so a block begins k times as far in as the columns before it.
+        for (block, to) in to.chunks_mut(k * self.columns()).enumerate() {
+            let (first, wide) = (block * self.columns(), to.len() / k);
+            let columns = wide.min(cout - first);
+            for (row, to) in (0..rows).step_by(2).zip(to.chunks_exact_mut(2 * wide)) {
+                let to = &mut to[..2 * columns];
+                if from.cols == 1 && row + 1 < rows {
+                    let part = |row: usize| &from.data[row * from.rows + first..][..columns];
+                    interleave([part(row), part(row + 1)], to);
+                    continue;
+                }
+                for (i, to) in to.chunks_exact_mut(2).enumerate() {
+                    to[0] = round(row, first + i);
+                    to[1] = if row + 1 < rows { round(row + 1, first + i) } else { 0 };
+                }
+            }
+        }
+    }
 }
 
 /// Columns of a register or a tile.
@@ -73,13 +96,15 @@ pub fn is_available() -> bool {
 }
 
 /// Whether it does so faster than in f32. Of Intel's processors only those with a matrix unit do: `vdpbf16ps` takes them
-/// as long as the four multiply-adds of f32 that it stands for.
+/// longer than the f32 instructions that it stands for.
 pub fn is_fast() -> bool {
     #[cfg(target_arch = "x86_64")]
     return Unit::all().contains(&Unit::Amx) || (is_available() && !avx512::is_intel());
     #[cfg(not(target_arch = "x86_64"))]
     false
 }
+
+const NO_UNIT: &str = "a processor that multiplies in bfloat16";
 
 /// A cache line of values.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -103,33 +128,53 @@ impl Packed {
     /// # Panics
     /// If the processor has no unit.
     pub fn new(weight: &[f32], k: usize, cout: usize) -> Self {
-        Self::for_unit(Unit::best(k).expect("a processor that multiplies in bfloat16"), weight, k, cout)
+        Self::for_unit(Unit::best(k).expect(NO_UNIT), weight, k, cout)
     }
 
     fn for_unit(unit: Unit, weight: &[f32], k: usize, cout: usize) -> Self {
-        let wide = cout.next_multiple_of(LANES);
         let parts = weight.len() / (k * cout);
-        let mut lines = vec![Line::zeroed(); parts * k * wide / 32];
-        let values: &mut [u16] = cast_slice_mut(&mut lines);
-        values.par_chunks_mut(k * wide).zip(weight.par_chunks(k * cout)).for_each(|(to, from)| {
-            // Every column has k values, so a block begins k times as far in as the columns before it.
-            for (block, to) in to.chunks_mut(k * unit.columns()).enumerate() {
-                let columns = to.len() / k;
-                for (row, from) in from.chunks_exact(cout).enumerate() {
-                    let from = &from[block * unit.columns()..cout.min((block + 1) * unit.columns())];
-                    let to = &mut to[row / 2 * 2 * columns + row % 2..];
-                    from.iter().enumerate().for_each(|(i, &x)| to[2 * i] = half::bf16::from_f32(x).to_bits());
-                }
-            }
+        let mut packed = Self::zeros(unit, parts, k, cout);
+        let size = packed.size();
+        let values: &mut [u16] = cast_slice_mut(&mut packed.lines);
+        values.par_chunks_mut(size).zip(weight.par_chunks(k * cout)).for_each(|(to, from)| {
+            unit.pack(to, k, Mat::new(from, cout), [k, cout]);
         });
-        Self { lines, unit, k, cout }
+        packed
+    }
+
+    /// Packs one matrix of `rows` rows and `cout` columns, with rows of zeros below it. Left matrices must have [`Self::k`]
+    /// columns.
+    ///
+    /// # Panics
+    /// If the processor has no unit.
+    pub fn matrix(from: Mat<f32>, rows: usize, cout: usize) -> Self {
+        let k = rows.next_multiple_of(32);
+        let unit = Unit::best(k).expect(NO_UNIT);
+        let mut packed = Self::zeros(unit, 1, k, cout);
+        unit.pack(cast_slice_mut(&mut packed.lines), k, from, [rows, cout]);
+        packed
+    }
+
+    fn zeros(unit: Unit, parts: usize, k: usize, cout: usize) -> Self {
+        let mut packed = Self { lines: Vec::new(), unit, k, cout };
+        packed.lines = vec![Line::zeroed(); parts * packed.size() / 32];
+        packed
+    }
+
+    /// Values of a packed matrix.
+    fn size(&self) -> usize {
+        self.k * self.cout.next_multiple_of(LANES)
+    }
+
+    /// Rows of a matrix.
+    pub fn k(&self) -> usize {
+        self.k
     }
 
     /// `columns` columns of matrix number `part` from `first` on, where a block begins.
     fn block(&self, part: usize, first: usize, columns: usize) -> &[u16] {
         let values: &[u16] = cast_slice(&self.lines);
-        let size = self.k * self.cout.next_multiple_of(LANES);
-        &values[part * size + first * self.k..][..columns.next_multiple_of(LANES) * self.k]
+        &values[part * self.size() + first * self.k..][..columns.next_multiple_of(LANES) * self.k]
     }
 }
 
@@ -143,6 +188,16 @@ pub fn narrow(from: &[f32], to: &mut [u16]) {
     // SAFETY: as asserted.
     unsafe {
         avx512::narrow(from, to);
+    }
+}
+
+/// Rounds two rows and writes their values in turns.
+fn interleave(rows: [&[f32]; 2], to: &mut [u16]) {
+    assert!(is_available() && rows.iter().all(|row| 2 * row.len() == to.len()));
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as asserted.
+    unsafe {
+        avx512::interleave(rows, to);
     }
 }
 
