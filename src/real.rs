@@ -76,14 +76,22 @@ const SERIAL: usize = 1 << 14;
 
 /// Calls `f(i, row)` for each row of `len` values of `out`, on all threads, in SIMD code.
 pub fn for_rows<T: Real>(out: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+    // The only call of `f`, so that it is compiled as part of the loop, for the same instructions.
+    let some_rows = |first: usize, chunk: &mut [T]| {
+        simd(
+            #[inline(always)]
+            || {
+                for (i, row) in chunk.chunks_mut(len).enumerate() {
+                    f(first + i, row);
+                }
+            },
+        );
+    };
     if out.len() <= SERIAL {
-        simd(|| out.chunks_mut(len).enumerate().for_each(|(i, row)| f(i, row)));
-        return;
+        return some_rows(0, out);
     }
     let rows = (SERIAL / 2 / len).max(1);
-    out.par_chunks_mut(rows * len).enumerate().for_each(|(i, chunk)| {
-        simd(|| chunk.chunks_mut(len).enumerate().for_each(|(j, row)| f(i * rows + j, row)));
-    });
+    out.par_chunks_mut(rows * len).enumerate().for_each(|(i, chunk)| some_rows(i * rows, chunk));
 }
 
 /// A matrix in memory: `data[row * rows + column * cols]`.

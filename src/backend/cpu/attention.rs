@@ -20,17 +20,17 @@ struct Normed<T> {
 #[inline(always)]
 fn gather<T: Real>(qkv: &[T], width: usize, head: usize, c: usize, part: usize) -> Normed<T> {
     let tokens = qkv.len() / width;
-    let mut values = Vec::with_capacity(tokens * c);
-    let mut rms = Vec::with_capacity(tokens);
-    for token in qkv.chunks_exact(width) {
-        let head = &token[head * c * 3..][..c * 3];
-        values.extend(head.chunks_exact(3).map(|x| x[part]));
-        let last = values.len() - c;
-        let row = &mut values[last..];
-        let mean_square = dot(row, row) / T::of(c as f64);
-        let r = mean_square.sqrt();
-        row.iter_mut().for_each(|x| *x /= T::of(NORM_EPS) + r);
-        rms.push(r);
+    let (mut values, mut rms) = (vec![T::zero(); tokens * c], vec![T::zero(); tokens]);
+    for (i, token) in qkv.chunks_exact(width).enumerate() {
+        let (head, row) = (&token[head * c * 3..][..c * 3], &mut values[i * c..][..c]);
+        for j in 0..c {
+            row[j] = head[3 * j + part];
+        }
+        let r = (dot(row, row) / T::of(c as f64)).sqrt();
+        for x in row {
+            *x /= T::of(NORM_EPS) + r;
+        }
+        rms[i] = r;
     }
     Normed { values, rms }
 }
@@ -69,17 +69,23 @@ fn probabilities<T: Real>(q: &Normed<T>, k: &Normed<T>, c: usize) -> Vec<T> {
         scale,
         Threads::One,
     );
-    s.chunks_exact_mut(tokens).for_each(softmax);
+    softmax(&mut s, tokens);
     s
 }
 
-/// Turns a row of scores into probabilities.
+/// Turns rows of scores into probabilities.
 #[inline(always)]
-pub fn softmax<T: Real>(row: &mut [T]) {
-    let max = max(row);
-    row.iter_mut().for_each(|x| *x = (*x - max).exp_simd());
-    let inverse = T::one() / sum(row);
-    row.iter_mut().for_each(|x| *x *= inverse);
+pub fn softmax<T: Real>(scores: &mut [T], columns: usize) {
+    for row in scores.chunks_exact_mut(columns) {
+        let max = max(row);
+        for x in &mut *row {
+            *x = (*x - max).exp_simd();
+        }
+        let inverse = T::one() / sum(row);
+        for x in row {
+            *x *= inverse;
+        }
+    }
 }
 
 /// Keys and values of a head [tokens, c], for products in bfloat16.
@@ -121,7 +127,7 @@ impl NarrowHead {
         let scores = &mut scores.values_mut()[..m * tokens];
         simd(
             #[inline(always)]
-            || scores.chunks_exact_mut(*tokens).for_each(softmax),
+            || softmax(scores, *tokens),
         );
         narrow(left.values_mut(), scores, *tokens, values.k());
         let to = T::as_f32_mut(out).expect("f32");

@@ -97,17 +97,26 @@ impl<T: Real> CodecBackend for Cpu<T, ()> {
         };
         let rows = ImageRows { shape: x.shape(), read: &read };
         let filter = Filter { packed: packed.as_ref(), ..Filter::new(weight, cout, *window) };
-        conv::conv(&self.pool, rows, filter, out.values_mut(), |_, y, out| {
-            for (out, y) in out.chunks_exact_mut(cout).zip(y.chunks_exact(cout)) {
-                for ((out, &y), &bias) in out.iter_mut().zip(y).zip(bias) {
-                    *out = if add { *out + (y + bias) } else { y + bias };
+        conv::conv(
+            &self.pool,
+            rows,
+            filter,
+            out.values_mut(),
+            #[inline(always)]
+            |_, y, out| {
+                for (out, y) in out.chunks_exact_mut(cout).zip(y.chunks_exact(cout)) {
+                    for ((out, &y), &bias) in out.iter_mut().zip(y).zip(bias) {
+                        *out = if add { *out + (y + bias) } else { y + bias };
+                    }
                 }
-            }
-            if after.relu {
-                // Written so that NaN passes through.
-                out.iter_mut().for_each(|x| *x = if *x < T::zero() { T::zero() } else { *x });
-            }
-        });
+                if after.relu {
+                    // Written so that NaN passes through.
+                    for x in out {
+                        *x = if *x < T::zero() { T::zero() } else { *x };
+                    }
+                }
+            },
+        );
         out
     }
 
@@ -169,7 +178,7 @@ impl<T: Real> CodecBackend for Cpu<T, ()> {
                 matmul((m, tokens, c), Dst::new(scores.values_mut(), tokens), q, k.t(), scale, Threads::One);
                 simd(
                     #[inline(always)]
-                    || scores.values_mut().chunks_exact_mut(tokens).for_each(softmax),
+                    || softmax(scores.values_mut(), tokens),
                 );
                 matmul((m, c, tokens), Dst::new(out, c), Mat::new(scores.values(), tokens), v, T::one(), Threads::One);
             });

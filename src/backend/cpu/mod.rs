@@ -242,13 +242,25 @@ fn average<T: Real>(upper: &[T], lower: &[T], c: usize, dst: &mut [T]) {
     }
 }
 
+/// mp_silu(y * scale) of some pixels.
+#[inline(always)]
+fn scale_silu<T: Real>(scale: &[T], y: &[T], out: &mut [T]) {
+    for (out, y) in out.chunks_exact_mut(scale.len()).zip(y.chunks_exact(scale.len())) {
+        for i in 0..scale.len() {
+            out[i] = mp_silu(y[i] * scale[i]);
+        }
+    }
+}
+
 /// x / (eps + rms(x)); returns the rms.
 #[inline(always)]
 fn normalize<T: Real>(x: &mut [T]) -> T {
     let mean_square = dot(x, x) / T::of(x.len() as f64);
     let r = mean_square.sqrt();
     let factor = T::one() / (T::of(NORM_EPS) + r);
-    x.iter_mut().for_each(|x| *x *= factor);
+    for x in x {
+        *x *= factor;
+    }
     r
 }
 
@@ -461,19 +473,21 @@ impl<T: Real> NetworkBackend for Cpu<T> {
         let cout = self.params[w].dims().0;
         let mut act = self.uninit([n, height, width, cout]);
         let pre = keep.then(|| self.conv(w, x));
-        let activate = |row: usize, y: &[T], out: &mut [T]| {
-            let scale = scale_row(&scale, row / height, cout);
-            for (out, y) in out.chunks_exact_mut(cout).zip(y.chunks_exact(cout)) {
-                for i in 0..cout {
-                    out[i] = mp_silu(y[i] * scale[i]);
-                }
-            }
-        };
+        let scale = |row: usize| scale_row(&scale, row / height, cout);
         match &pre {
-            Some(pre) => for_rows(act.values_mut(), width * cout, |row, out| {
-                activate(row, &pre.values()[row * out.len()..][..out.len()], out);
-            }),
-            None => self.convolve(w, x, act.values_mut(), activate),
+            Some(pre) => for_rows(
+                act.values_mut(),
+                width * cout,
+                #[inline(always)]
+                |row, out| scale_silu(scale(row), &pre.values()[row * out.len()..][..out.len()], out),
+            ),
+            None => self.convolve(
+                w,
+                x,
+                act.values_mut(),
+                #[inline(always)]
+                |row, y, out| scale_silu(scale(row), y, out),
+            ),
         }
         (act, pre)
     }
@@ -490,20 +504,26 @@ impl<T: Real> NetworkBackend for Cpu<T> {
         let (wa, wb) = (T::of(wa), T::of(wb));
         let limit = clip.map_or(T::infinity(), T::of);
         let mut out = self.uninit(residual.shape());
-        self.convolve(w, x, out.values_mut(), |row, y, out| {
-            let residual = &residual.values()[row * out.len()..];
-            for ((out, &y), &r) in out.iter_mut().zip(y).zip(residual) {
-                let sum = wa * r + wb * y;
-                // Written so that NaN passes through, as in PyTorch.
-                *out = if sum > limit {
-                    limit
-                } else if sum < -limit {
-                    -limit
-                } else {
-                    sum
-                };
-            }
-        });
+        self.convolve(
+            w,
+            x,
+            out.values_mut(),
+            #[inline(always)]
+            |row, y, out| {
+                let residual = &residual.values()[row * out.len()..];
+                for ((out, &y), &r) in out.iter_mut().zip(y).zip(residual) {
+                    let sum = wa * r + wb * y;
+                    // Written so that NaN passes through, as in PyTorch.
+                    *out = if sum > limit {
+                        limit
+                    } else if sum < -limit {
+                        -limit
+                    } else {
+                        sum
+                    };
+                }
+            },
+        );
         out
     }
 
