@@ -226,3 +226,42 @@ pub fn backward<T: Real>(pool: &Arc<Pool<T>>, qkv: &Tensor<T>, heads: usize, gra
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::{Purpose, Stream};
+
+    #[test]
+    fn a_narrow_head_loses_what_rounding_does() {
+        if !bf16::is_available() {
+            return eprintln!("skipped: no AVX-512 BF16");
+        }
+        for [tokens, c] in [[1, 2], [35, 7], [47, 64], [352, 64]] {
+            let [q, k, v] = [0, 1, 2].map(|key| {
+                let mut values = vec![0f32; tokens * c];
+                Stream::new(7, Purpose::Init, key).normals(&mut values);
+                values
+            });
+            let mut out = vec![0.0; tokens * c];
+            let head = NarrowHead::new([tokens, c], Mat::new(&k, c), Mat::new(&v, c));
+            head.attend(&Arc::default(), Mat::new(&q, c), &mut out);
+
+            let round = |x: f32| f64::from(half::bf16::from_f32(x));
+            let scale = 1.0 / (c as f32).sqrt();
+            for (query, out) in q.chunks_exact(c).zip(out.chunks_exact(c)) {
+                let scores = k.chunks_exact(c).map(|k| query.iter().zip(k).map(|(q, &k)| round(q * scale) * round(k)));
+                let mut p: Vec<f64> = scores.map(|products| products.sum::<f64>().exp()).collect();
+                let sum: f64 = p.iter().sum();
+                p.iter_mut().for_each(|p| *p /= sum);
+                for (i, &got) in out.iter().enumerate() {
+                    let terms = || p.iter().enumerate().map(|(j, p)| p * round(v[j * c + i]));
+                    let (want, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
+                    // A probability has 8 bits; the rest is f32.
+                    let bound = size * (2f64.powi(-9) + 1e-5);
+                    assert!((f64::from(got) - want).abs() <= bound, "{tokens} tokens of {c}: {got}, not {want}");
+                }
+            }
+        }
+    }
+}

@@ -61,8 +61,8 @@ impl<T: Real> IndexMut<ParamId> for Params<T> {
 }
 
 impl<T: Real, P> Cpu<T, P> {
-    /// Sets whether forward convolutions round their inputs to bfloat16 and sum in f32, also those of autoencoders that
-    /// are loaded later. That makes sampling twice as fast, where the processor [can](bf16_is_available).
+    /// Sets whether forward convolutions and attention round their inputs to bfloat16 and sum in f32, also those of
+    /// autoencoders that are loaded later. The processor [may](bf16_is_fast) be two to four times as fast then.
     ///
     /// # Panics
     /// If the processor cannot.

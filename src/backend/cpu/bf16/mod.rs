@@ -25,7 +25,7 @@ mod avx512;
 pub enum Unit {
     /// `vdpbf16ps`.
     Avx512,
-    /// `tdpbf16ps`, where the number of rows is a multiple of what a tile holds.
+    /// `tdpbf16ps`, for sums over a multiple of 32 values.
     Amx,
 }
 
@@ -205,6 +205,7 @@ fn interleave(rows: [&[f32]; 2], to: &mut [u16]) {
 const MAX_TERMS: usize = 3;
 
 /// Some rows and columns of the sums.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 struct Block {
     rows: usize,
     columns: usize,
@@ -268,6 +269,7 @@ pub fn product(m: usize, dst: &mut [f32], dst_rows: usize, a: &[Mat<u16>], b: &P
 impl Unit {
     /// # Safety
     /// The processor has it; what `block` points to is as large as it says.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
     unsafe fn sum(self, block: &Block) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the caller's promise.
@@ -278,7 +280,7 @@ impl Unit {
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
-        unreachable!("no processor of this kind has {self:?}: {block:?}")
+        unreachable!("no processor of this kind has it")
     }
 }
 
