@@ -34,7 +34,7 @@ pub enum DeviceName {
 pub enum Numbers {
     /// f32, on the CPU
     F32,
-    /// bfloat16, 8 significant bits; on a CPU, which needs AVX-512 BF16, in the products of convolutions alone
+    /// bfloat16, 8 significant bits; on a CPU, which needs AVX-512 BF16, in the products of convolutions and attention
     Bf16,
     /// IEEE half, 11 significant bits, on a GPU
     F16,
