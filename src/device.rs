@@ -174,7 +174,7 @@ impl Device {
     }
 
     /// The same device in the numbers that it samples fastest in, unless some were [chosen](Self::with_numbers): bf16 on a
-    /// CPU that is faster then: one with AMX, or one of AMD's with AVX-512 BF16.
+    /// CPU that is faster then: one with AMX under Linux, or one of AMD's with AVX-512 BF16.
     #[must_use]
     pub fn fastest(self) -> Self {
         let bf16 = self.bf16.or_else(|| Some(bf16_is_fast()));

@@ -35,6 +35,8 @@
 //! * A panic inside tract, which reads ONNX files, is caught and becomes an error. The panic hook sees it before, and a
 //!   process that aborts on panics ends there.
 //! * Heavy work on the CPU is done in the global pool of [rayon](https://docs.rs/rayon), which may be in use already.
+//! * On a Xeon with AMX, the first question whether the CPU computes in bf16 asks Linux to let the process use that unit.
+//!   Stacks for signals must be larger then (`getauxval(AT_MINSIGSTKSZ)`).
 //! * With `cuda`, opening a device loads NVIDIA's driver into the process. Training on several cards loads NCCL.
 //! * On an NVIDIA GPU, measured choices of tiles are read from the user's cache (`~/.cache/edm2k`, macOS:
 //!   `~/Library/Caches/edm2k`, Windows: `%LOCALAPPDATA%\edm2k`). Only `edm2k tune` writes there.

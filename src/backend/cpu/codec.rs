@@ -4,7 +4,7 @@ use super::attention::{NarrowHead, softmax};
 use super::bf16::Packed;
 use super::conv::{self, Filter, ImageRows};
 use super::tensor::Tensor;
-use super::{Cpu, pixels};
+use super::{Cpu, copy_pixels, pixels};
 use crate::backend::codec::{After, Before, CodecBackend, Reach, Window};
 use crate::real::{Dst, Mat, Real, Threads, for_rows, matmul, simd};
 use rayon::prelude::*;
@@ -36,7 +36,7 @@ fn read<T: Real>(x: &Tensor<T>, before: Before<Tensor<T>>, row: usize, pixel: us
     let [_, h, _, c] = x.shape();
     let from = pixels(x, row, pixel);
     let (affine, silu) = match before {
-        Before::Nothing => return dst.copy_from_slice(&from[..dst.len()]),
+        Before::Nothing => return copy_pixels(x, row, pixel, dst),
         Before::SoftClip => {
             let three = T::of(3.0);
             return dst.iter_mut().zip(from).for_each(|(y, &x)| *y = (x / three).tanh() * three);

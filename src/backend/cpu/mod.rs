@@ -61,16 +61,6 @@ impl<T: Real> IndexMut<ParamId> for Params<T> {
 }
 
 impl<T: Real, P> Cpu<T, P> {
-    /// Sets whether forward convolutions and attention round their inputs to bfloat16 and sum in f32, also those of
-    /// autoencoders that are loaded later. The processor [may](bf16_is_fast) be two to four times as fast then.
-    ///
-    /// # Panics
-    /// If the processor cannot.
-    pub fn with_bf16(self, bf16: bool) -> Self {
-        assert!(!bf16 || bf16_is_available(), "AVX-512 BF16");
-        Self { bf16, ..self }
-    }
-
     /// A tensor of given values, in full precision.
     pub fn tensor(&self, shape: Shape, values: &[T]) -> Tensor<T> {
         let mut t = self.uninit(shape);
@@ -80,6 +70,18 @@ impl<T: Real, P> Cpu<T, P> {
 
     fn uninit(&self, shape: Shape) -> Tensor<T> {
         Tensor::uninit(&self.pool, shape)
+    }
+}
+
+impl<P> Cpu<f32, P> {
+    /// Sets whether forward convolutions and attention round their inputs to bfloat16 and sum in f32, also those of
+    /// autoencoders that are loaded later. The processor [may](bf16_is_fast) be two to three times as fast then.
+    ///
+    /// # Panics
+    /// If `bf16` is asked for and the processor has no AVX-512 BF16.
+    pub fn with_bf16(self, bf16: bool) -> Self {
+        assert!(!bf16 || bf16_is_available(), "AVX-512 BF16");
+        Self { bf16, ..self }
     }
 }
 
@@ -179,16 +181,16 @@ impl<T: Real> Cpu<T> {
         let param = &self.params[id];
         let (cout, cin, taps) = param.dims();
         let weight = conv::transpose(&self.pool, param.effective(), taps, cin, cout);
-        let read =
-            |row: usize, pixel: usize, dst: &mut [T]| dst.copy_from_slice(&pixels(grad, row, pixel)[..dst.len()]);
+        let read = |row: usize, pixel: usize, dst: &mut [T]| copy_pixels(grad, row, pixel, dst);
         let rows = ImageRows { shape: grad.shape(), read: &read };
         let filter = Filter::new(weight.values(), cin, Reach::of_taps(taps).window());
         conv::conv(&self.pool, rows, filter, out, done);
     }
 }
 
-fn copy_row<T: Real>(x: &Tensor<T>, row: usize, dst: &mut [T]) {
-    dst.copy_from_slice(&x.values()[row * dst.len()..][..dst.len()]);
+/// Copies pixels of image row `row` of x from number `pixel` on.
+fn copy_pixels<T: Real>(x: &Tensor<T>, row: usize, pixel: usize, dst: &mut [T]) {
+    dst.copy_from_slice(&pixels(x, row, pixel)[..dst.len()]);
 }
 
 /// The pixels of image row `row` of x from number `pixel` on.
@@ -272,7 +274,7 @@ fn read_normed<T: Real>(x: &Tensor<T>, down: bool, row: usize, dst: &mut [T]) {
         let two = &x.values()[2 * row * w * c..][..2 * w * c];
         average(&two[..w * c], &two[w * c..], c, dst);
     } else {
-        copy_row(x, row, dst);
+        copy_pixels(x, row, 0, dst);
     }
 }
 

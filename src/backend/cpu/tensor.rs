@@ -26,7 +26,15 @@ struct Freed<T> {
 impl<T> Freed<T> {
     /// The smallest buffer that holds `length` values and not more than twice as many.
     fn take(&mut self, length: usize) -> Option<Vec<T>> {
-        let buffer = self.by_length.range_mut(length..=2 * length).find_map(|(_, buffers)| buffers.pop());
+        let found = self.by_length.range(length..=2 * length).next().map(|(&found, _)| found);
+        let buffer = found.and_then(|found| {
+            let buffers = self.by_length.get_mut(&found)?;
+            let buffer = buffers.pop();
+            if buffers.is_empty() {
+                self.by_length.remove(&found);
+            }
+            buffer
+        });
         self.values -= buffer.as_ref().map_or(0, Vec::len);
         self.live += buffer.as_ref().map_or(length, Vec::len);
         self.most = self.most.max(self.live);
@@ -175,5 +183,21 @@ mod tests {
         assert!((0..1000).all(|_| place() == first), "a size that does come again has its memory again");
         pool.clear();
         assert_eq!(freed(), 0);
+    }
+
+    #[test]
+    fn a_tensor_in_a_larger_buffer_has_its_own_length() {
+        let pool = Arc::<Pool<f32>>::default();
+        let tensor = |len| Tensor::uninit(&pool, [1, 1, 1, len]);
+        let place = tensor(150).values().as_ptr();
+        assert_ne!(tensor(70).values().as_ptr(), place, "less than half of it");
+        let mut part = tensor(100);
+        part.values_mut().fill(3.0);
+        assert_eq!((part.values().as_ptr(), part.values()), (place, &[3.0; 100][..]));
+        let mut copy = part.clone();
+        copy.values_mut()[99] = 4.0;
+        assert_eq!((part.values()[99], copy.values().len()), (3.0, 100));
+        drop((part, copy));
+        assert_eq!(pool.0.lock().unwrap().live, 0);
     }
 }

@@ -74,8 +74,7 @@ impl<T: Real> TrainingBackend for Cpu<T> {
     fn conv_wgrad(&mut self, w: ParamId, x: Operand<Tensor<T>>, grad: &Tensor<T>, gain: f64) {
         let taps = self.params[w].dims().2;
         let read_x = |row: usize, pixel: usize, dst: &mut [T]| read_operand(&x, row, pixel, dst);
-        let read_grad =
-            |row: usize, pixel: usize, dst: &mut [T]| dst.copy_from_slice(&pixels(grad, row, pixel)[..dst.len()]);
+        let read_grad = |row: usize, pixel: usize, dst: &mut [T]| copy_pixels(grad, row, pixel, dst);
         let rows = ImageRows { shape: operand_shape(&x), read: &read_x };
         let grads = ImageRows { shape: grad.shape(), read: &read_grad };
         let (out, accumulate) = self.params[w].grad_mut();

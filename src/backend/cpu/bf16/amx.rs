@@ -1,7 +1,7 @@
 //! Products on the matrix unit of Intel's Xeons from Sapphire Rapids on.
 //!
 //! A tile is 16 rows of 64 bytes. `tdpbf16ps` multiplies 16 rows of 32 values with 16 pairs of rows of 16 columns in 16
-//! cycles, 512 products a cycle, 16 times what `vdpbf16ps` does. Eight tiles are all there are:
+//! cycles, 512 products a cycle. Eight tiles are all there are:
 //!
 //! ```text
 //!                 weights    tmm6      tmm7
@@ -9,13 +9,13 @@
 //!          tmm5              tmm2      tmm3       4 loads of 1 KB, 4 products in 64 cycles
 //! ```
 //!
-//! The bound is the L2 cache, which holds the weights: 2 KB a step, and as much of values that the L1 cache does not
-//! hold any more. Stable Rust has no functions for tiles, so this is one piece of assembly.
+//! Beside those 64 cycles the bound is the L2 cache, which holds the weights: 2 KB a step, and as much of values that the
+//! L1 cache does not hold any more. Stable Rust has no functions for tiles, so this is one piece of assembly.
 
 use std::arch::asm;
-use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
 
+use super::avx512::cpuid;
 use super::{Block, LANES, MAX_TERMS};
 use crate::system;
 
@@ -24,7 +24,7 @@ pub fn is_available() -> bool {
     static ALLOWED: OnceLock<bool> = OnceLock::new();
     *ALLOWED.get_or_init(|| {
         // AMX-BF16 and AMX-TILE.
-        let has = __cpuid_count(7, 0).edx & (1 << 22 | 1 << 24) == (1 << 22 | 1 << 24);
+        let has = cpuid(7).edx & (1 << 22 | 1 << 24) == (1 << 22 | 1 << 24);
         has && system::allow_matrix_unit()
     })
 }

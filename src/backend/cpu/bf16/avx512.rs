@@ -19,9 +19,18 @@ pub fn is_available() -> bool {
         && is_x86_feature_detected!("avx512bf16")
 }
 
+/// What the processor says of itself.
+pub fn cpuid(leaf: u32) -> CpuidResult {
+    // SAFETY: every processor of 64 bits has the instruction.
+    #[allow(unused_unsafe, reason = "Rust before 1.94 asks for it")]
+    unsafe {
+        __cpuid_count(leaf, 0)
+    }
+}
+
 /// Whether Intel made it.
 pub fn is_intel() -> bool {
-    let maker = __cpuid(0);
+    let maker = cpuid(0);
     [maker.ebx, maker.edx, maker.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
 }
 

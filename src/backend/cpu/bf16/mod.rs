@@ -22,6 +22,7 @@ mod avx512;
 
 /// The instructions of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub enum Unit {
     /// `vdpbf16ps`.
     Avx512,
@@ -33,10 +34,10 @@ impl Unit {
     /// What this processor and system have.
     pub fn all() -> &'static [Self] {
         #[cfg(target_arch = "x86_64")]
-        return match (avx512::is_available(), amx::is_available()) {
-            (true, true) => &[Self::Avx512, Self::Amx],
-            (true, false) => &[Self::Avx512],
-            (false, _) => &[],
+        return match avx512::is_available() {
+            true if amx::is_available() => &[Self::Avx512, Self::Amx],
+            true => &[Self::Avx512],
+            false => &[],
         };
         #[cfg(not(target_arch = "x86_64"))]
         &[]
@@ -44,7 +45,15 @@ impl Unit {
 
     /// The best for products over `k` values.
     fn best(k: usize) -> Option<Self> {
-        Self::all().iter().rev().copied().find(|&unit| unit != Self::Amx || k.is_multiple_of(32))
+        Self::all().iter().rev().copied().find(|unit| k.is_multiple_of(unit.step()))
+    }
+
+    /// Values of k that an instruction takes.
+    fn step(self) -> usize {
+        match self {
+            Self::Avx512 => 2,
+            Self::Amx => 32,
+        }
     }
 
     /// Columns that are summed at once.
@@ -95,8 +104,8 @@ pub fn is_available() -> bool {
     !Unit::all().is_empty()
 }
 
-/// Whether it does so faster than in f32. Of Intel's processors only those with a matrix unit do: `vdpbf16ps` takes them
-/// longer than the f32 instructions that it stands for.
+/// Whether it does so faster than in f32. Of Intel's processors only those with a matrix unit are taken to: where it was
+/// tried, `vdpbf16ps` took longer than the f32 instructions that it stands for.
 pub fn is_fast() -> bool {
     #[cfg(target_arch = "x86_64")]
     return Unit::all().contains(&Unit::Amx) || (is_available() && !avx512::is_intel());
@@ -156,6 +165,7 @@ impl Packed {
     }
 
     fn zeros(unit: Unit, parts: usize, k: usize, cout: usize) -> Self {
+        assert!(k > 0 && k.is_multiple_of(unit.step()), "{k} rows for {unit:?}");
         let mut packed = Self { lines: Vec::new(), unit, k, cout };
         packed.lines = vec![Line::zeroed(); parts * packed.size() / 32];
         packed
@@ -235,10 +245,11 @@ unsafe impl Send for Target {}
 /// `b` to `dst` [m, cout], whose rows are `dst_rows` values apart.
 ///
 /// # Panics
-/// If there are more than three matrices, or a slice is too short.
+/// If there are none or more than three matrices on the left, or a slice is too short.
 pub fn product(m: usize, dst: &mut [f32], dst_rows: usize, a: &[Mat<u16>], b: &Packed, part: usize, threads: Threads) {
     let (k, cout, unit) = (b.k, b.cout, b.unit);
     assert!(m > 0 && cout <= dst_rows && (m - 1) * dst_rows + cout <= dst.len());
+    assert!((1..=MAX_TERMS).contains(&a.len()));
     let a_rows = a[0].rows;
     assert!(a.iter().all(|a| a.cols == 1 && a.rows == a_rows && (m - 1) * a_rows + k <= a.data.len()));
     let dst = Target(dst.as_mut_ptr());
@@ -306,13 +317,16 @@ mod tests {
             (100, 576, 192),
             (5, 10, 16),
             (47, 64, 47),
+            (16, 32, 16),
+            (17, 64, 17),
+            (31, 32, 48),
             (33, 64, 3),
         ];
         if !is_available() {
             eprintln!("skipped: no AVX-512 BF16");
         }
         for (&unit, (m, k, cout)) in Unit::all().iter().flat_map(|unit| shapes.map(|shape| (unit, shape))) {
-            if unit == Unit::Amx && k % 32 != 0 {
+            if k % unit.step() != 0 {
                 continue;
             }
             let (a_rows, dst_rows, parts) = (k + 4, cout + 3, 4);
