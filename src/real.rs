@@ -184,7 +184,7 @@ pub fn matmul<T: Real>((m, n, k): (usize, usize, usize), dst: Dst<T>, a: Mat<T>,
 /// Parts that a sum over contiguous values is made in, so that its loop becomes SIMD code.
 const LANES: usize = 16;
 
-/// The sum of products a[i] b[i], in an order that the number of values alone decides.
+/// The sum of products `a[i] b[i]`, in an order that the number of values alone decides.
 #[inline(always)]
 pub fn dot<T: Real>(a: &[T], b: &[T]) -> T {
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
