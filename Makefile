@@ -100,7 +100,7 @@ lint: nvcc ## formatting, clippy, documentation; warnings are errors
 		|| rustup component add rustfmt clippy
 	$(CARGO) fmt --all --check
 	$(TEST_ARCHS) $(CARGO) clippy --locked --release --all-targets $(TESTED) -- -D warnings
-	$(CARGO) clippy --locked --release --all-targets --no-default-features --features cli -- -D warnings
+	$(CARGO) clippy --locked --release --no-default-features --features cli -- -D warnings
 	$(TEST_ARCHS) RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --release --no-deps --document-private-items $(TESTED)
 
 bundle: nvcc ## all that checks and measures on a GPU machine without Rust, in target/bundle; EDM2K_CUDA_ARCHS=90 narrows it
