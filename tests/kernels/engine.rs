@@ -226,7 +226,7 @@ fn gpu(runtime: &Rc<dyn Runtime>, settings: &Settings) -> Gpu {
 #[test]
 fn fifty_steps_lose_as_on_the_cpu() {
     let Some(runtime) = testbed::runtime() else { return };
-    let (data, batch) = (emoji(), 8);
+    let (data, batch) = (emoji(), 4);
     let settings = settings(&data, batch, 50 * batch);
     let table = edm2k::model::Precond::new(&settings.config).unwrap().1;
     let dir = tempfile::tempdir().unwrap();
