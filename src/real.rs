@@ -201,27 +201,36 @@ pub fn dot<T: Real>(a: &[T], b: &[T]) -> T {
 /// The sum of values, in an order that their number alone decides.
 #[inline(always)]
 pub fn sum<T: Real>(values: &[T]) -> T {
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    let mut sums = [T::zero(); LANES];
-    for chunk in chunks {
-        for i in 0..LANES {
-            sums[i] += chunk[i];
-        }
-    }
-    sums.iter().chain(rest).fold(T::zero(), |a, &b| a + b)
+    fold(
+        values,
+        T::zero(),
+        #[inline(always)]
+        |a, b| a + b,
+    )
 }
 
 /// The largest value, NaN apart.
 #[inline(always)]
 pub fn max<T: Real>(values: &[T]) -> T {
+    fold(
+        values,
+        T::neg_infinity(),
+        #[inline(always)]
+        |most, x| if x > most { x } else { most },
+    )
+}
+
+/// `f` of all values, begun with `from`, which leaves the others as they are, in each part.
+#[inline(always)]
+fn fold<T: Real>(values: &[T], from: T, f: impl Fn(T, T) -> T) -> T {
     let (chunks, rest) = values.as_chunks::<LANES>();
-    let mut most = [T::neg_infinity(); LANES];
+    let mut parts = [from; LANES];
     for chunk in chunks {
         for i in 0..LANES {
-            most[i] = if chunk[i] > most[i] { chunk[i] } else { most[i] };
+            parts[i] = f(parts[i], chunk[i]);
         }
     }
-    most.iter().chain(rest).fold(T::neg_infinity(), |a, &b| a.max(b))
+    parts.iter().chain(rest).fold(from, |a, &b| f(a, b))
 }
 
 /// SiLU divided by the magnitude of its output for unit normal input (eq. 81).
