@@ -9,7 +9,7 @@ GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/
 DRIVER := $(GPUS)$(shell ldconfig -p 2>/dev/null | grep -o 'libcuda\.so\.1' | head -n 1)
 FEATURES := --no-default-features --features cli $(if $(DRIVER),--features cuda)
 # Tests and lint compile the kernels for one architecture; the compiler's report covers all.
-TESTED := --features emulator
+TESTED := --profile tests --features emulator
 TEST_ARCHS := EDM2K_CUDA_ARCHS=$(or $(EDM2K_CUDA_ARCHS),$(GPUS),80)
 EDM2K := target/release/edm2k
 DATA  := demo/cache/emoji-32
@@ -50,16 +50,16 @@ page: $(EDM2K) ## draw with the demo's model in a browser: http://127.0.0.1:7860
 	@$(EDM2K) serve --model demo/emoji.safetensors --condition-model demo/conditions.safetensors
 
 test: nvcc ## run every test: on the emulator, the compiler's report, on a GPU if there is one
-	@$(TEST_ARCHS) $(CARGO) test --release --locked $(TESTED)
+	@$(TEST_ARCHS) $(CARGO) test --locked $(TESTED)
 
 test-kernels: nvcc ## run the CUDA kernels' tests
-	@$(TEST_ARCHS) $(CARGO) test --release --locked $(TESTED) \
+	@$(TEST_ARCHS) $(CARGO) test --locked $(TESTED) \
 		--test kernels --test emulator --test kernel_report
 
 quick: ## the inner loop, without kernels: formatting, the library's unit tests, types of the program
 	@$(CARGO) fmt --all --check
-	@CARGO_INCREMENTAL=1 $(CARGO) test --release --locked --no-default-features --lib --quiet
-	@CARGO_INCREMENTAL=1 $(CARGO) check --release --locked --no-default-features --features cli,serve --bins --quiet
+	@CARGO_INCREMENTAL=1 $(CARGO) test --profile tests --locked --no-default-features --lib --quiet
+	@CARGO_INCREMENTAL=1 $(CARGO) check --profile tests --locked --no-default-features --features cli,serve --bins --quiet
 
 hooks: ## run `make quick` before each commit from now on
 	@git config core.hooksPath scripts/hooks
@@ -68,7 +68,7 @@ SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
 test-page: nvcc ## draw on the page in a real browser (Debian's chromium, installed if it is missing); screenshots in target/page
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { $(SUDO) apt-get -qq update && \
 		$(SUDO) apt-get -qq install --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null; }
-	@$(TEST_ARCHS) $(CARGO) test --release --locked $(TESTED) --test program -- --ignored page::
+	@$(TEST_ARCHS) $(CARGO) test --locked $(TESTED) --test program -- --ignored page::
 
 test-tensorboard: $(EDM2K) ## have TensorBoard's own reader read a run's event files (from PyPI, in target/tensorboard)
 	@[ -x target/tensorboard/bin/python ] || { python3 -m venv target/tensorboard && \
@@ -99,9 +99,9 @@ lint: nvcc ## formatting, clippy, documentation; warnings are errors
 	@$(CARGO) fmt --version >/dev/null 2>&1 && $(CARGO) clippy --version >/dev/null 2>&1 \
 		|| rustup component add rustfmt clippy
 	$(CARGO) fmt --all --check
-	$(TEST_ARCHS) $(CARGO) clippy --locked --release --all-targets $(TESTED) -- -D warnings
-	$(CARGO) clippy --locked --release --no-default-features --features cli -- -D warnings
-	$(TEST_ARCHS) RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --release --no-deps --document-private-items $(TESTED)
+	$(TEST_ARCHS) $(CARGO) clippy --locked --all-targets $(TESTED) -- -D warnings
+	$(CARGO) clippy --locked --profile tests --no-default-features --features cli -- -D warnings
+	$(TEST_ARCHS) RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items $(TESTED)
 
 bundle: nvcc ## all that checks and measures on a GPU machine without Rust, in target/bundle; EDM2K_CUDA_ARCHS=90 narrows it
 	@CARGO="$(CARGO)" scripts/bundle

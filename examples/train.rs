@@ -45,7 +45,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Set by somebody else, such as a signal's handler, it ends the run after the step at hand, with a checkpoint.
     let stop = AtomicBool::new(false);
     let splits = Splits { train: &data, validation: None };
-    device.run(Training {
+    let training = Training {
         model,
         settings: &settings,
         execution: &execution,
@@ -54,6 +54,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         stop: &stop,
         event: &mut event,
         ranks: &mut Alone,
-    })?;
+    };
+    training.run(&device)?;
     Ok(())
 }

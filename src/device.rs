@@ -226,8 +226,16 @@ impl Device {
         self.untuned.as_deref()
     }
 
-    /// Runs code for any backend on this device's.
-    pub fn run<W: Work>(&self, work: W) -> W::Output {
+    /// The device of a runtime, such as one that only counts.
+    #[doc(hidden)]
+    pub fn of_runtime(runtime: Rc<dyn Runtime>) -> Self {
+        let (math, bf16, passed_over, untuned) = (Math::default(), None, Vec::new(), None);
+        Self { runtime: Some(runtime), math, bf16, passed_over, untuned }
+    }
+
+    /// Runs code for any backend on this device's. Not public: what does not name a backend is compiled once, here, and not
+    /// again in each program that uses it.
+    pub(crate) fn run<W: Work>(&self, work: W) -> W::Output {
         match &self.runtime {
             None => work.run(&OnCpu { bf16: self.precision().is_some() }),
             Some(runtime) => work.run(&OnGpu { runtime: runtime.clone(), math: self.math }),
@@ -255,7 +263,7 @@ impl fmt::Display for Device {
 }
 
 /// Makes the backends of one device.
-pub trait Backends {
+pub(crate) trait Backends {
     /// Those that run networks.
     type Sampling: NetworkBackend + 'static;
     /// Those that train them.
@@ -281,7 +289,7 @@ pub trait Backends {
 }
 
 /// Code for any backend. A closure cannot be generic, so its captures are the fields of a type with this trait.
-pub trait Work {
+pub(crate) trait Work {
     /// What comes of it.
     type Output;
     /// Does it, on backends that `backends` makes.

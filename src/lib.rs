@@ -104,7 +104,7 @@ pub mod tuning;
 pub mod verify;
 
 pub use backend::DeviceError;
-pub use device::{Backends, Device, DeviceName, NoDevice, Numbers, Work};
+pub use device::{Device, DeviceName, NoDevice, Numbers};
 pub use formats::fingerprint::{Fingerprint, Identity};
 pub use formats::npy::NpyError;
 pub use formats::pickle::PickleError;

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use serde_json::{Value, json};
 
-use edm2k::backend::BackendError;
 use edm2k::collective::{Part, agree_on};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::differences::differing_texts;
@@ -21,8 +20,7 @@ use edm2k::model::Model;
 use edm2k::pipeline::{Domain, check_forward, learned_from};
 use edm2k::train::DataIdentity;
 use edm2k::train::stats::{PlotError, plot};
-use edm2k::train::validation::{LevelLoss, Noisy, SIGMAS, ValidationError};
-use edm2k::{Backends, Work};
+use edm2k::train::validation::{LevelLoss, Noisy, SIGMAS};
 
 use super::ranks::{self, Ranks};
 use super::say::{note, out};
@@ -133,8 +131,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         None => None,
     };
     check_forward(&device, config, largest, images.min(batch), 1)?;
-    let measuring = Measuring { model: &model, noisy: &noisy, own, batch, progress: &mut |n| bar.inc(n) };
-    let found = device.run(measuring)?;
+    let found = noisy.losses(&device, &model, own, batch, &mut |n| bar.inc(n))?;
     bar.finish_and_clear();
     let found = match &args.outdir {
         None => noisy.gathered(&found, ranks.met())?,
@@ -240,25 +237,6 @@ fn of_all_parts(dir: &Path, of: usize, noisy: &Noisy, given: &Value) -> Result<V
         }
     }
     if missing.is_empty() { Ok(all) } else { Err(missing) }
-}
-
-/// The losses of a model, on whichever device.
-struct Measuring<'a> {
-    model: &'a Model,
-    noisy: &'a Noisy<'a>,
-    own: &'a [usize],
-    batch: usize,
-    progress: &'a mut dyn FnMut(u64),
-}
-
-impl Work for Measuring<'_> {
-    type Output = Result<Vec<LevelLoss>, ValidationError>;
-
-    fn run<M: Backends>(self, backends: &M) -> Self::Output {
-        let mut backend = backends.sampling(&self.model.table).map_err(BackendError::from)?;
-        self.model.load_into(&mut backend)?;
-        self.noisy.measure(&mut backend, &self.model.net, self.own, self.batch, self.progress)
-    }
 }
 
 /// Loss and error over the noise level, which is drawn logarithmically.

@@ -249,7 +249,7 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
     let pictures = picture.as_mut().map(|picture| picture as &mut Show);
     let (settings, execution, event, ranks) = (&settings, &execution, &mut show, ranks.met());
     let training = Training { model, settings, execution, splits, show: pictures, stop, event, ranks };
-    let outcome = device.run(training);
+    let outcome = training.run(&device);
     bar.finish_and_clear();
     let outcome = if saved { outcome.context("training stopped; what was saved is whole")? } else { outcome? };
     if outcome == Outcome::Stopped && rank == 0 {

@@ -1,11 +1,10 @@
 //! `edm2k verify`: replays a directory of golden numbers.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 
-use edm2k::verify::{Bounds, Finding, Totals, VerifyError, verify};
-use edm2k::{Backends, Work};
+use edm2k::verify::{Bounds, Finding, Totals, verify};
 
 use super::say::out;
 
@@ -39,7 +38,7 @@ pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
     };
     let device = args.device.open()?;
     let bounds = device.precision().map_or(Bounds::F32, Bounds::of);
-    let summary = device.run(Replay { dir: &args.dir, bounds, print: &mut print });
+    let summary = verify(&args.dir, &device, bounds, &mut print);
     let summary = summary.context("cannot replay the directory")?;
     let Totals { ok, failed, skipped } = summary;
     match args.json {
@@ -52,20 +51,5 @@ pub fn run(args: VerifyArgs) -> anyhow::Result<()> {
         0 if ok == 0 => bail!("nothing was compared"),
         0 => Ok(()),
         _ => bail!("{failed} of {} checks failed", ok + failed),
-    }
-}
-
-/// A directory to replay, on whichever device.
-struct Replay<'a> {
-    dir: &'a Path,
-    bounds: Bounds,
-    print: &'a mut dyn FnMut(&Finding),
-}
-
-impl Work for Replay<'_> {
-    type Output = Result<Totals, VerifyError>;
-
-    fn run<M: Backends>(self, backends: &M) -> Self::Output {
-        verify(self.dir, backends, self.bounds, self.print)
     }
 }

@@ -79,7 +79,7 @@ pub use step::{Inputs, MicroBatchPlan, micro_batch, rehearse, shared_micro_batch
 use crate::backend::{BackendError, Normalization, Slot, TrainingBackend};
 use crate::collective::{agree, share};
 use crate::data::dataset::{Dataset, DatasetError};
-use crate::device::{Backends, Work};
+use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{At, DirLock, FileError, LockError};
 use crate::model::file::ModelWriter;
@@ -186,7 +186,7 @@ pub struct Splits<'a> {
     pub validation: Option<&'a Dataset>,
 }
 
-/// A run, to be done on a device: [`Device::run`](crate::Device::run).
+/// A run, to be done on a device: [`Training::run`].
 pub struct Training<'a> {
     /// The model to start from.
     pub model: Model,
@@ -208,23 +208,33 @@ pub struct Training<'a> {
 
 debug!(Training<'_> { settings, execution });
 
+impl Training<'_> {
+    /// Trains until `settings.duration` images have been seen or `stop` is set; goes on from the newest whole checkpoint in
+    /// `execution.outdir`, and from `model` if there is none.
+    ///
+    /// # Errors
+    /// See [`TrainError`]. Whatever was saved before stays.
+    pub fn run(self, device: &Device) -> Result<Outcome, TrainError> {
+        device.run(self)
+    }
+}
+
 impl Work for Training<'_> {
     type Output = Result<Outcome, TrainError>;
 
-    /// See [`train`].
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
         let made = backends.training(&self.model.table, self.settings.ema.len());
         train(&mut made.map_err(BackendError::from)?, self)
     }
 }
 
-/// Trains until `settings.duration` images have been seen or `stop` is set; goes on from the newest whole
-/// checkpoint in `execution.outdir`, and from `model` if there is none.
+/// As [`Training::run`], on a backend.
 ///
-/// `backend` was made for the model's table and as many moving averages as `settings.ema` has.
+/// It was made for the model's table and as many moving averages as `settings.ema` has.
 ///
 /// # Errors
-/// See [`TrainError`]. Whatever was saved before stays.
+/// As there.
+#[doc(hidden)]
 pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<Outcome, TrainError> {
     let Training { model, settings, execution, splits: data, show, stop, event, ranks } = training;
     settings.validate()?;

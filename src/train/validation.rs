@@ -11,7 +11,8 @@ use super::batch::{self, HostBatch, Showing};
 use crate::backend::{BackendError, NetworkBackend};
 use crate::collective::{Collective, CollectiveError, Part, share};
 use crate::data::dataset::{Dataset, DatasetError};
-use crate::model::Precond;
+use crate::device::{Backends, Device, Work};
+use crate::model::{Model, Precond};
 use crate::rng::{Purpose, Stream};
 
 /// How many images of the validation split are looked at while training.
@@ -116,11 +117,23 @@ impl<'a> Noisy<'a> {
         &self.order[lengths[..first].iter().sum()..][..lengths[first..end].iter().sum()]
     }
 
-    /// Measures the effective weights on some of them. `progress` is called with how many more have been denoised.
+    /// Measures a model on some of them, on a device. `progress` is called with how many more have been denoised.
     ///
     /// # Errors
     /// The device's, or a damaged image.
-    pub fn measure<B: NetworkBackend>(
+    pub fn losses(
+        &self,
+        device: &Device,
+        model: &Model,
+        numbers: &[usize],
+        batch: usize,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Vec<LevelLoss>, ValidationError> {
+        device.run(Measuring { noisy: self, model, numbers, batch, progress })
+    }
+
+    /// The same of the effective weights of a backend.
+    fn measure<B: NetworkBackend>(
         &self,
         b: &mut B,
         net: &Precond,
@@ -193,5 +206,24 @@ impl<'a> Noisy<'a> {
         }
         let mean = |sum: f64| sum / (self.order.len() / self.draws) as f64;
         sums.iter().map(|s| LevelLoss { loss: mean(s.loss), error: mean(s.error), logvar: mean(s.logvar) }).collect()
+    }
+}
+
+/// A model's losses, on whichever device.
+struct Measuring<'a> {
+    noisy: &'a Noisy<'a>,
+    model: &'a Model,
+    numbers: &'a [usize],
+    batch: usize,
+    progress: &'a mut dyn FnMut(u64),
+}
+
+impl Work for Measuring<'_> {
+    type Output = Result<Vec<LevelLoss>, ValidationError>;
+
+    fn run<M: Backends>(self, backends: &M) -> Self::Output {
+        let mut backend = backends.sampling(&self.model.table).map_err(BackendError::from)?;
+        self.model.load_into(&mut backend)?;
+        self.noisy.measure(&mut backend, &self.model.net, self.numbers, self.batch, self.progress)
     }
 }

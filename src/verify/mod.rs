@@ -41,7 +41,7 @@ use crate::backend::{
     BackendError, NetworkBackend, Normalization, OptimizerStep, Shape, Slot, StepStats, TrainingBackend,
 };
 use crate::codec::CodecError;
-use crate::device::Backends;
+use crate::device::{Backends, Device, Work};
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::formats::{input, names, transposed};
 use crate::model::{Config, ConfigError};
@@ -226,17 +226,30 @@ pub enum VerifyError {
 
 type Result<T, E = VerifyError> = std::result::Result<T, E>;
 
-/// Replays a directory on the device that `backends` makes backends of, within `bounds`. `report` is called with each
-/// finding as it comes.
+/// Replays a directory on a device, within `bounds`. `report` is called with each finding as it comes.
 ///
 /// # Errors
 /// See [`VerifyError`]. A failed check is no error: it is counted in the totals.
-pub fn verify<M: Backends>(
-    dir: &Path,
-    backends: &M,
+pub fn verify(dir: &Path, device: &Device, bounds: Bounds, report: &mut dyn FnMut(&Finding)) -> Result<Totals> {
+    device.run(Replay { dir, bounds, report })
+}
+
+/// A directory to replay.
+struct Replay<'a> {
+    dir: &'a Path,
     bounds: Bounds,
-    report: &mut dyn FnMut(&Finding),
-) -> Result<Totals> {
+    report: &'a mut dyn FnMut(&Finding),
+}
+
+impl Work for Replay<'_> {
+    type Output = Result<Totals>;
+
+    fn run<M: Backends>(self, backends: &M) -> Result<Totals> {
+        replay(self, backends)
+    }
+}
+
+fn replay<M: Backends>(Replay { dir, bounds, report }: Replay, backends: &M) -> Result<Totals> {
     let names = names(dir).map_err(|e| VerifyError::Directory { path: dir.into(), what: e.to_string() })?;
     let names: Vec<String> = names.into_iter().collect();
     let (summary, tolerances) = (Totals::default(), Value::Null);

@@ -9,10 +9,11 @@ use std::sync::atomic::AtomicBool;
 
 use crate::common::normals::normals;
 use crate::testbed;
+use edm2k::Device;
 use edm2k::backend::cpu::Cpu;
 #[cfg(feature = "emulator")]
 use edm2k::backend::gpu::emulated::{Build, Emulated, Emulator};
-use edm2k::backend::gpu::engine::{Gpu, Loaded};
+use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
 use edm2k::backend::gpu::runtime::{Imagined, Runtime};
 #[cfg(feature = "emulator")]
@@ -23,38 +24,23 @@ use edm2k::backend::{Backend, BackendError, NetworkBackend, Normalization, Shape
 use edm2k::collective::CollectiveError;
 use edm2k::collective::{Alone, Collective};
 use edm2k::data::dataset::{Dataset, Split};
-use edm2k::formats::safetensors::{self, Dtype, TensorOut};
+use edm2k::formats::safetensors::{self, Dtype, SafeFile, TensorOut};
 use edm2k::model::config::{Preset, preset};
 use edm2k::model::{Config, ImageSpace, Model, ModelMeta, Precond};
 use edm2k::params::ParamTable;
 use edm2k::sample::{Batch, Sampler, SamplerConfig, Solver, SolverStep};
 use edm2k::train::{self, DataIdentity, Event, Execution, Schedule, Settings, Splits, Status, Training};
 use edm2k::verify::{Bounds, Finding, verify};
-use edm2k::{Backends, DeviceError};
 
-/// Backends of a GPU or the emulator, whichever is there.
-struct On(Rc<dyn Runtime>, Precision);
-
-impl Backends for On {
-    type Sampling = Gpu;
-    type Training = Gpu;
-    type Codec = Gpu<Loaded>;
-
-    fn sampling(&self, table: &ParamTable) -> Result<Gpu, DeviceError> {
-        Gpu::for_sampling(self.0.clone(), self.1, table)
-    }
-    fn training(&self, table: &ParamTable, averages: usize) -> Result<Gpu, DeviceError> {
-        Gpu::for_training(self.0.clone(), self.1, table, averages)
-    }
-    fn codec(&self) -> Result<Gpu<Loaded>, DeviceError> {
-        Gpu::for_codec(self.0.clone(), self.1)
-    }
+/// The GPU or the emulator, whichever is there, as a device.
+fn device(runtime: Rc<dyn Runtime>, precision: Precision) -> Device {
+    Device::of_runtime(runtime).with_math(precision.into())
 }
 
 fn assert_verified(dir: &Path, precision: Precision, at_least: usize) {
     let Some(runtime) = testbed::runtime() else { return };
     let mut failed = Vec::new();
-    let summary = verify(dir, &On(runtime, precision), Bounds::of(precision), &mut |outcome| {
+    let summary = verify(dir, &device(runtime, precision), Bounds::of(precision), &mut |outcome| {
         if matches!(outcome, Finding::Check(check) if !check.ok) {
             failed.push(outcome.to_string());
         }
@@ -64,9 +50,27 @@ fn assert_verified(dir: &Path, precision: Precision, at_least: usize) {
     assert!(ok >= at_least, "only {ok} checks");
 }
 
+/// On a GPU all of them. The emulator replays one of the three recorded samplings: all would take two minutes, and what a
+/// solver does with denoised images does not depend on the device.
 #[test]
 fn f16_reproduces_the_official_numbers() {
-    assert_verified(Path::new("tests/golden"), Precision::F16, 1000);
+    let golden = Path::new("tests/golden");
+    if testbed::on_gpu().is_some() {
+        return assert_verified(golden, Precision::F16, 1000);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for file in golden.read_dir().unwrap().map(|entry| entry.unwrap().path()) {
+        std::fs::copy(&file, dir.path().join(file.file_name().unwrap())).unwrap();
+    }
+    let samplings = SafeFile::open(golden.join("samplers.safetensors")).unwrap();
+    let kept = samplings.names().filter(|name| name.starts_with("heun_g1.") || !name.contains('.'));
+    let of = |name| -> TensorOut {
+        (name, samplings.dtype(name).unwrap(), samplings.shape(name).unwrap(), samplings.bytes(name).unwrap())
+    };
+    let kept: Vec<_> = kept.map(of).collect();
+    assert_eq!(kept.len(), 7);
+    safetensors::write(dir.path().join("samplers.safetensors"), &kept, samplings.metadata()).unwrap();
+    assert_verified(dir.path(), Precision::F16, 900);
 }
 
 /// A network that nobody tuned a bound to. Its sums with cancellation are bounded by what the official code loses of them.
@@ -127,7 +131,7 @@ fn a_network_that_the_kernels_do_not_take_is_skipped_and_the_rest_replayed() {
     }
     let mut skipped = Vec::new();
     let precision = Precision::F16;
-    let summary = verify(dir.path(), &On(runtime, precision), Bounds::of(precision), &mut |outcome| {
+    let summary = verify(dir.path(), &device(runtime, precision), Bounds::of(precision), &mut |outcome| {
         if let Finding::Skip { name, why } = outcome {
             skipped.push(format!("{name}: {why}"));
         }
@@ -226,7 +230,7 @@ fn gpu(runtime: &Rc<dyn Runtime>, settings: &Settings) -> Gpu {
 #[test]
 fn fifty_steps_lose_as_on_the_cpu() {
     let Some(runtime) = testbed::runtime() else { return };
-    let (data, batch) = (emoji(), 4);
+    let (data, batch) = (emoji(), 2);
     let settings = settings(&data, batch, 50 * batch);
     let table = edm2k::model::Precond::new(&settings.config).unwrap().1;
     let dir = tempfile::tempdir().unwrap();
@@ -310,13 +314,13 @@ fn a_resumed_run_ends_in_the_same_bits() {
     let data = emoji();
     let dir = tempfile::tempdir().unwrap();
     // Five images in micro-batches of two: plans for two sizes.
-    let [half, whole] = [15, 30].map(|duration| Settings { dropout: 0.25, ..settings(&data, 5, duration) });
+    let [half, whole] = [5, 10].map(|duration| Settings { dropout: 0.25, ..settings(&data, 5, duration) });
     run(&mut gpu(&runtime, &half), &dir.path().join("resumed"), &half, 2);
     run(&mut gpu(&runtime, &whole), &dir.path().join("resumed"), &whole, 2);
     run(&mut gpu(&runtime, &whole), &dir.path().join("straight"), &whole, 2);
     let weights = |run: &str| {
-        let path = train::checkpoint::path(&dir.path().join(run), 30);
-        let file = edm2k::formats::safetensors::SafeFile::open(path).unwrap();
+        let path = train::checkpoint::path(&dir.path().join(run), 10);
+        let file = SafeFile::open(path).unwrap();
         let names: Vec<String> = file.names().filter(|&name| name != "checksums").map(str::to_owned).collect();
         assert!(names.len() > 100, "{names:?}");
         names.into_iter().map(|name| (file.f32(&name).unwrap(), name)).collect::<Vec<_>>()
@@ -638,7 +642,7 @@ fn gradients_that_are_said_to_be_whole_are() {
 #[test]
 fn a_run_that_runs_out_of_memory_goes_on_with_half() {
     let data = emoji();
-    let settings = settings(&data, 8, 24);
+    let settings = settings(&data, 8, 16);
     let (net, table) = edm2k::model::Precond::new(&settings.config).unwrap();
     let needed = |n: usize| {
         let card = Rc::new(Imagined::new(Card::new(4, 90)));
@@ -669,7 +673,7 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half() {
     let limit = four + (eight - four) / 2;
     let found = run_telling(&mut on(limit as u64), &dir.path().join("less"), &settings, 8, &mut note, &mut Alone);
     let found_two = run_telling(&mut on(limit as u64), &dir.path().join("less-two"), &two, 8, &mut note, less);
-    assert_eq!([&found, &expected, &found_two, &all].map(Vec::len), [3, 3, 1, 1]);
+    assert_eq!([&found, &expected, &found_two, &all].map(Vec::len), [2, 2, 1, 1]);
     for Twins { sums } in twins {
         // Each value once, from the end to the beginning.
         assert!(sums.len() > 12 && sums[sums.len() - 1].start == 0, "{sums:?}");

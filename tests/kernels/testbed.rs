@@ -77,7 +77,8 @@ pub fn every_order() -> Vec<Kernels> {
     all
 }
 
-fn on_gpu() -> Option<Kernels> {
+/// A GPU, if there is one.
+pub fn on_gpu() -> Option<Kernels> {
     #[cfg(feature = "cuda")]
     return gpu().map(|gpu| Kernels { name: gpu.name(), checked: false, device: Device::Gpu(gpu) });
     #[cfg(not(feature = "cuda"))]

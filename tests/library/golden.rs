@@ -13,7 +13,7 @@ use edm2k::formats::safetensors::{self, Dtype};
 use edm2k::model::{Config, Precond};
 use edm2k::params::{ParamKind, ParamTable};
 use edm2k::verify::{Bounds, Finding, Totals, verify};
-use edm2k::{Backends, Device, Numbers, Work};
+use edm2k::{Device, Numbers};
 use serde_json::json;
 
 fn replay(dir: &Path) -> (Totals, Vec<Finding>) {
@@ -22,22 +22,13 @@ fn replay(dir: &Path) -> (Totals, Vec<Finding>) {
 
 /// On the CPU, as if its arithmetic allowed for these bounds.
 fn replay_within(dir: &Path, bounds: Bounds) -> (Totals, Vec<Finding>) {
-    Device::open("cpu").unwrap().run(Replay { dir, bounds })
+    replay_on(&Device::open("cpu").unwrap(), dir, bounds)
 }
 
-struct Replay<'a> {
-    dir: &'a Path,
-    bounds: Bounds,
-}
-
-impl Work for Replay<'_> {
-    type Output = (Totals, Vec<Finding>);
-
-    fn run<M: Backends>(self, backends: &M) -> Self::Output {
-        let mut outcomes = Vec::new();
-        let summary = verify(self.dir, backends, self.bounds, &mut |outcome| outcomes.push(outcome.clone()));
-        (summary.unwrap(), outcomes)
-    }
+fn replay_on(device: &Device, dir: &Path, bounds: Bounds) -> (Totals, Vec<Finding>) {
+    let mut outcomes = Vec::new();
+    let summary = verify(dir, device, bounds, &mut |outcome| outcomes.push(outcome.clone()));
+    (summary.unwrap(), outcomes)
 }
 
 /// Names of the checks that failed.
@@ -80,7 +71,7 @@ fn the_cpu_in_bf16_reproduces_the_official_numbers_as_well_as_bf16_can() {
     let device = Device::open("cpu").unwrap().with_numbers(Numbers::Bf16).unwrap();
     for (dir, at_least) in [("tests/golden", 900), ("tests/golden_odd", 300)] {
         let dir = Path::new(dir);
-        let replayed = device.run(Replay { dir, bounds: Bounds::of(Precision::Bf16) });
+        let replayed = replay_on(&device, dir, Bounds::of(Precision::Bf16));
         assert_ok(dir, &replayed, at_least);
         let errors = replayed.1.iter().filter_map(|outcome| match outcome {
             Finding::Check(check) if check.name.ends_with("D_x") => Some(check.error),

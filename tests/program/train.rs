@@ -1117,7 +1117,7 @@ fn settings_that_cannot_be_computed_are_refused() {
         let (model, stop) = (Model::init(&bad.config, 0).unwrap(), AtomicBool::new(false));
         let (settings, execution, event, ranks) = (&bad, &execution, &mut |_: Event| {}, &mut Alone);
         let training = Training { model, settings, execution, splits, show: None, stop: &stop, event, ranks };
-        let refused = device.run(training).unwrap_err();
+        let refused = training.run(&device).unwrap_err();
         assert!(matches!(refused, TrainError::Setting(_)) && refused.to_string().contains(message), "{refused}");
         assert!(!place.path("refused").exists());
     }
