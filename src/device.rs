@@ -122,13 +122,7 @@ impl Device {
     /// # Errors
     /// As there, but that a name always is one.
     pub fn named(name: DeviceName) -> Result<Self, DeviceError> {
-        let on = |runtime: Option<Rc<dyn Runtime>>| Self {
-            runtime,
-            math: Math::default(),
-            bf16: None,
-            passed_over: Vec::new(),
-            untuned: None,
-        };
+        let on = Self::of_runtime;
         let on_cuda = |(gpu, untuned): Opened| Self { untuned, ..on(Some(gpu)) };
         match name {
             DeviceName::Cpu => Ok(on(None)),
@@ -226,15 +220,14 @@ impl Device {
         self.untuned.as_deref()
     }
 
-    /// The device of a runtime, such as one that only counts.
+    /// A device that computes on this runtime, or on the CPU without one.
     #[doc(hidden)]
-    pub fn of_runtime(runtime: Rc<dyn Runtime>) -> Self {
-        let (math, bf16, passed_over, untuned) = (Math::default(), None, Vec::new(), None);
-        Self { runtime: Some(runtime), math, bf16, passed_over, untuned }
+    pub fn of_runtime(runtime: Option<Rc<dyn Runtime>>) -> Self {
+        Self { runtime, math: Math::default(), bf16: None, passed_over: Vec::new(), untuned: None }
     }
 
-    /// Runs code for any backend on this device's. Not public: what does not name a backend is compiled once, here, and not
-    /// again in each program that uses it.
+    /// Runs code for any backend on this device's. Not public: a caller elsewhere would compile the network again for each
+    /// backend.
     pub(crate) fn run<W: Work>(&self, work: W) -> W::Output {
         match &self.runtime {
             None => work.run(&OnCpu { bf16: self.precision().is_some() }),

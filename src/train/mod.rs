@@ -186,7 +186,7 @@ pub struct Splits<'a> {
     pub validation: Option<&'a Dataset>,
 }
 
-/// A run, to be done on a device: [`Training::run`].
+/// A run, which [`Training::run`] does on a device.
 pub struct Training<'a> {
     /// The model to start from.
     pub model: Model,
@@ -228,9 +228,8 @@ impl Work for Training<'_> {
     }
 }
 
-/// As [`Training::run`], on a backend.
-///
-/// It was made for the model's table and as many moving averages as `settings.ema` has.
+/// As [`Training::run`], on a backend that was made for the model's table and for as many moving averages as `settings.ema`
+/// has.
 ///
 /// # Errors
 /// As there.

@@ -117,7 +117,7 @@ impl<'a> Noisy<'a> {
         &self.order[lengths[..first].iter().sum()..][..lengths[first..end].iter().sum()]
     }
 
-    /// Measures a model on some of them, on a device. `progress` is called with how many more have been denoised.
+    /// Measures a model on these of the noisy images, `batch` at a time. `progress` is told how many more have been denoised.
     ///
     /// # Errors
     /// The device's, or a damaged image.
@@ -132,7 +132,7 @@ impl<'a> Noisy<'a> {
         device.run(Measuring { noisy: self, model, numbers, batch, progress })
     }
 
-    /// The same of the effective weights of a backend.
+    /// As [`Noisy::losses`], of the effective weights that a backend holds.
     fn measure<B: NetworkBackend>(
         &self,
         b: &mut B,

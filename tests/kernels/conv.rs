@@ -468,8 +468,11 @@ fn check_all(bench: &mut Bench, questions: &[Question], check: fn(&mut Bench, Ca
 #[test]
 fn every_choice_that_is_tried_is_the_twins() {
     let mut splits = std::collections::BTreeSet::new();
+    // Each math meets two of the shapes, as each takes seconds. Hopper's loop takes whole steps of channels only, so the first
+    // shape is for the others.
+    let met = [[0, 1], [2, 3], [0, 3], [1, 2], [3, 1]];
     for device in testbed::once() {
-        for (i, math) in MATHS.into_iter().enumerate() {
+        for (math, met) in MATHS.into_iter().zip(met) {
             let mut bench = Bench::new(device.clone(), math, card_of(40));
             let cases = [
                 case(1, 8, 11, 136, 0, 136, 9),
@@ -478,8 +481,7 @@ fn every_choice_that_is_tried_is_the_twins() {
                 // Tiles of several images, each with sums of its own for the gradient of its scales.
                 case(3, 5, 3, 64, 0, 128, 9),
             ];
-            // Numbers and shapes know nothing of each other: each meets half of the others.
-            for case in [cases[i % 4], cases[(i + 1) % 4]] {
+            for case in met.map(|i| cases[i]) {
                 let (shape, by) = (case.shape(), bench.by.clone());
                 let fprop = Fprop::new(shape, math, &by).unwrap().question();
                 let onto = mains(case).map(|main| Fprop::and_main(shape, main.shape(), math, &by).unwrap().question());

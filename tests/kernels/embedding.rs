@@ -215,6 +215,7 @@ fn scales_of_all_blocks_and_their_gradients() {
             check_scales(&d, n, emb, &unequal);
         }
         check_scales(&d, 2, 8, &one);
+        check_scales(&d, 72, 24, &many);
     });
     Bench::of(testbed::once()).for_each(|d| check_scales(&d, 80, 136, &many));
 }

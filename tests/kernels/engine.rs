@@ -34,7 +34,7 @@ use edm2k::verify::{Bounds, Finding, verify};
 
 /// The GPU or the emulator, whichever is there, as a device.
 fn device(runtime: Rc<dyn Runtime>, precision: Precision) -> Device {
-    Device::of_runtime(runtime).with_math(precision.into())
+    Device::of_runtime(Some(runtime)).with_math(precision.into())
 }
 
 fn assert_verified(dir: &Path, precision: Precision, at_least: usize) {
@@ -50,8 +50,7 @@ fn assert_verified(dir: &Path, precision: Precision, at_least: usize) {
     assert!(ok >= at_least, "only {ok} checks");
 }
 
-/// On a GPU all of them. The emulator replays one of the three recorded samplings: all would take two minutes, and what a
-/// solver does with denoised images does not depend on the device.
+/// On a GPU all of them. The emulator replays one of the three recorded samplings: all would take two minutes.
 #[test]
 fn f16_reproduces_the_official_numbers() {
     let golden = Path::new("tests/golden");
@@ -63,14 +62,14 @@ fn f16_reproduces_the_official_numbers() {
         std::fs::copy(&file, dir.path().join(file.file_name().unwrap())).unwrap();
     }
     let samplings = SafeFile::open(golden.join("samplers.safetensors")).unwrap();
-    let kept = samplings.names().filter(|name| name.starts_with("heun_g1.") || !name.contains('.'));
+    let kept = samplings.names().filter(|name| name.starts_with("dpmpp2m_g5.") || !name.contains('.'));
     let of = |name| -> TensorOut {
         (name, samplings.dtype(name).unwrap(), samplings.shape(name).unwrap(), samplings.bytes(name).unwrap())
     };
     let kept: Vec<_> = kept.map(of).collect();
-    assert_eq!(kept.len(), 7);
+    assert_eq!(kept.len(), 8);
     safetensors::write(dir.path().join("samplers.safetensors"), &kept, samplings.metadata()).unwrap();
-    assert_verified(dir.path(), Precision::F16, 900);
+    assert_verified(dir.path(), Precision::F16, 1000);
 }
 
 /// A network that nobody tuned a bound to. Its sums with cancellation are bounded by what the official code loses of them.
@@ -238,9 +237,10 @@ fn fifty_steps_lose_as_on_the_cpu() {
     let expected = run(&mut cpu, &dir.path().join("cpu"), &settings, batch);
     let found = run(&mut gpu(&runtime, &settings), &dir.path().join("gpu"), &settings, batch);
     assert_eq!((found.len(), expected.len()), (50, 50));
-    assert!(expected[49].loss < 0.7 * expected[0].loss, "nothing was learned: {:?}", expected[49]);
+    let mean = |steps: &[Status]| steps.iter().map(|s| s.loss).sum::<f64>() / steps.len() as f64;
+    let [first, last] = [mean(&expected[..10]), mean(&expected[40..])];
+    assert!(last < 0.8 * first, "nothing was learned: {last} after {first}");
     for (found, expected) in found.chunks(10).zip(expected.chunks(10)) {
-        let mean = |steps: &[Status]| steps.iter().map(|s| s.loss).sum::<f64>() / steps.len() as f64;
         let (found_loss, expected_loss) = (mean(found), mean(expected));
         let off = (found_loss / expected_loss - 1.0).abs();
         assert!(off < 0.01, "{found_loss} instead of {expected_loss} up to step {}", expected[9].step);
@@ -313,13 +313,13 @@ fn a_resumed_run_ends_in_the_same_bits() {
     let Some(runtime) = testbed::runtime() else { return };
     let data = emoji();
     let dir = tempfile::tempdir().unwrap();
-    // Five images in micro-batches of two: plans for two sizes.
-    let [half, whole] = [5, 10].map(|duration| Settings { dropout: 0.25, ..settings(&data, 5, duration) });
+    // Five images in micro-batches of two: plans for two sizes. After one step averages are the weights, so it stops later.
+    let [half, whole] = [10, 20].map(|duration| Settings { dropout: 0.25, ..settings(&data, 5, duration) });
     run(&mut gpu(&runtime, &half), &dir.path().join("resumed"), &half, 2);
     run(&mut gpu(&runtime, &whole), &dir.path().join("resumed"), &whole, 2);
     run(&mut gpu(&runtime, &whole), &dir.path().join("straight"), &whole, 2);
     let weights = |run: &str| {
-        let path = train::checkpoint::path(&dir.path().join(run), 10);
+        let path = train::checkpoint::path(&dir.path().join(run), 20);
         let file = SafeFile::open(path).unwrap();
         let names: Vec<String> = file.names().filter(|&name| name != "checksums").map(str::to_owned).collect();
         assert!(names.len() > 100, "{names:?}");
