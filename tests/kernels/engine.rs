@@ -229,7 +229,7 @@ fn gpu(runtime: &Rc<dyn Runtime>, settings: &Settings) -> Gpu {
 #[test]
 fn fifty_steps_lose_as_on_the_cpu() {
     let Some(runtime) = testbed::runtime() else { return };
-    let (data, batch) = (emoji(), 2);
+    let (data, batch) = (emoji(), 4);
     let settings = settings(&data, batch, 50 * batch);
     let table = edm2k::model::Precond::new(&settings.config).unwrap().1;
     let dir = tempfile::tempdir().unwrap();
@@ -237,10 +237,9 @@ fn fifty_steps_lose_as_on_the_cpu() {
     let expected = run(&mut cpu, &dir.path().join("cpu"), &settings, batch);
     let found = run(&mut gpu(&runtime, &settings), &dir.path().join("gpu"), &settings, batch);
     assert_eq!((found.len(), expected.len()), (50, 50));
-    let mean = |steps: &[Status]| steps.iter().map(|s| s.loss).sum::<f64>() / steps.len() as f64;
-    let [first, last] = [mean(&expected[..10]), mean(&expected[40..])];
-    assert!(last < 0.8 * first, "nothing was learned: {last} after {first}");
+    assert!(expected[49].loss < 0.7 * expected[0].loss, "nothing was learned: {:?}", expected[49]);
     for (found, expected) in found.chunks(10).zip(expected.chunks(10)) {
+        let mean = |steps: &[Status]| steps.iter().map(|s| s.loss).sum::<f64>() / steps.len() as f64;
         let (found_loss, expected_loss) = (mean(found), mean(expected));
         let off = (found_loss / expected_loss - 1.0).abs();
         assert!(off < 0.01, "{found_loss} instead of {expected_loss} up to step {}", expected[9].step);
@@ -642,7 +641,7 @@ fn gradients_that_are_said_to_be_whole_are() {
 #[test]
 fn a_run_that_runs_out_of_memory_goes_on_with_half() {
     let data = emoji();
-    let settings = settings(&data, 8, 16);
+    let settings = settings(&data, 8, 24);
     let (net, table) = edm2k::model::Precond::new(&settings.config).unwrap();
     let needed = |n: usize| {
         let card = Rc::new(Imagined::new(Card::new(4, 90)));
@@ -673,7 +672,7 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half() {
     let limit = four + (eight - four) / 2;
     let found = run_telling(&mut on(limit as u64), &dir.path().join("less"), &settings, 8, &mut note, &mut Alone);
     let found_two = run_telling(&mut on(limit as u64), &dir.path().join("less-two"), &two, 8, &mut note, less);
-    assert_eq!([&found, &expected, &found_two, &all].map(Vec::len), [2, 2, 1, 1]);
+    assert_eq!([&found, &expected, &found_two, &all].map(Vec::len), [3, 3, 1, 1]);
     for Twins { sums } in twins {
         // Each value once, from the end to the beginning.
         assert!(sums.len() > 12 && sums[sums.len() - 1].start == 0, "{sums:?}");
