@@ -16,8 +16,9 @@
 //! with 2x2 kernels, one for each place in the enlarged pixel.
 //!
 //! Cost: 9 C Cout multiply-adds a result (1x1: C Cout; enlarged: 4 C Cout), 1 in w+1 of them wasted on the zero pixel.
-//! The work is cut into bands of image rows, so that a band's input stays in cache. A layer of few pixels is one band,
-//! and its product itself is spread over the threads.
+//! The work is cut into bands of image rows, so that a band's input and results stay in cache. Several of them after each
+//! other are a strip, the work of one thread: what two of them see is read once. A layer of few pixels is one band, and
+//! each of its stages is spread over the threads.
 
 use super::bf16::{self, Packed};
 use super::tensor::{Halves, Pool, Tensor};
@@ -29,6 +30,14 @@ use std::sync::Arc;
 
 /// Pixels of a band. Its input (some hundred channels) fits the L2 cache of one core.
 const BAND_PIXELS: usize = 1024;
+
+/// Bytes that a band's input in bfloat16 and its results may take: beside the weights of some columns they fit the L2 cache
+/// of one core.
+const PACKED_BAND_BYTES: usize = 768 << 10;
+
+/// Strips of a convolution for each thread. With more of them the threads end at about the same time, with fewer the rows
+/// that two strips see are a smaller part.
+const STRIPS: usize = 4;
 
 /// Where the values of an image come from: `read(row, pixel, dst)` writes some of the pixels of row `row` (counted over
 /// the whole batch), from number `pixel` on.
@@ -117,20 +126,43 @@ impl Band {
         (line % stride * self.lines.div_ceil(stride) + line / stride) * self.pitch
     }
 
+    /// The row that lies at place number `place`.
+    fn line_at(&self, place: usize) -> usize {
+        let evens = self.lines.div_ceil(self.window.stride);
+        place % evens * self.window.stride + place / evens
+    }
+
     /// Values of the band.
     fn len(&self) -> usize {
         let [.., channels] = self.shape;
         (self.lines * self.pitch + gap(self.window) + self.window.stride) * channels
     }
 
-    /// Fills `values`; `read` writes an image row.
-    fn fill<E: Copy>(&self, values: &mut [E], zero: E, mut read: impl FnMut(usize, &mut [E])) {
+    /// Fills `values`; `read` writes an image row. Of the band that `values` hold so far, if any, those rows are kept that
+    /// this one has too.
+    fn fill<E: Copy + Send + Sync>(
+        &self,
+        values: &mut [E],
+        held: Option<&Self>,
+        threads: Threads,
+        zero: E,
+        read: impl Fn(usize, &mut [E]) + Sync,
+    ) {
         let ([n, height, w, channels], before) = (self.shape, self.window.before);
-        let gap = gap(self.window);
-        values[self.lines * self.pitch * channels..].fill(zero);
-        for i in 0..self.lines {
-            let line = &mut values[self.line(i) * channels..][..self.pitch * channels];
-            let (image, y) = ((self.top + i) / (height + gap), (self.top + i) % (height + gap));
+        let (gap, line) = (gap(self.window), self.pitch * channels);
+        let kept = match held {
+            Some(held) if self.window.stride == 1 => {
+                let first = (self.top - held.top).min(held.lines);
+                values.copy_within(first * line..held.lines * line, 0);
+                held.lines - first
+            }
+            _ => 0,
+        };
+        let (lines, end) = values[..self.len()].split_at_mut(self.lines * line);
+        end.fill(zero);
+        for_parts(threads, &mut lines[kept * line..], line, |place, line| {
+            let row = self.top + self.line_at(kept + place);
+            let (image, y) = (row / (height + gap), row % (height + gap));
             if image < n && (before..before + height).contains(&y) {
                 let (left, rest) = line.split_at_mut(before * channels);
                 let (dst, right) = rest.split_at_mut(w * channels);
@@ -140,31 +172,22 @@ impl Band {
             } else {
                 line.fill(zero);
             }
-        }
+        });
     }
 
     /// The band of `rows`.
     fn read<T: Real>(&self, pool: &Arc<Pool<T>>, rows: &ImageRows<T>) -> Tensor<T> {
         let mut data = Tensor::uninit(pool, [1, 1, 1, self.len()]);
-        self.fill(data.values_mut(), T::zero(), |row, dst| (rows.read)(row, 0, dst));
+        self.fill(data.values_mut(), None, Threads::One, T::zero(), |row, dst| (rows.read)(row, 0, dst));
         data
     }
+}
 
-    /// The same in bfloat16. `T` must be f32.
-    fn read_narrow<T: Real>(&self, pool: &Arc<Pool<T>>, rows: &ImageRows<T>) -> Halves<T> {
-        let [.., channels] = self.shape;
-        let mut some = Tensor::uninit(pool, [1, 1, (NARROWED / channels).max(1), channels]);
-        let mut data = Halves::uninit(pool, self.len());
-        self.fill(data.values_mut(), 0, |row, dst| {
-            let some = some.values_mut();
-            let pixels = some.len() / channels;
-            for (i, dst) in dst.chunks_mut(some.len()).enumerate() {
-                let some = &mut some[..dst.len()];
-                (rows.read)(row, i * pixels, some);
-                bf16::narrow(T::as_f32(some).expect("f32"), dst);
-            }
-        });
-        data
+/// Calls `f(i, part)` for each part of `len` values.
+fn for_parts<E: Send>(threads: Threads, values: &mut [E], len: usize, f: impl Fn(usize, &mut [E]) + Sync) {
+    match threads {
+        Threads::One => values.chunks_exact_mut(len).enumerate().for_each(|(i, part)| f(i, part)),
+        Threads::All => values.par_chunks_exact_mut(len).enumerate().for_each(|(i, part)| f(i, part)),
     }
 }
 
@@ -174,26 +197,68 @@ const NARROWED: usize = 4096;
 /// What a band holds.
 enum Data<'a, T: Real> {
     Wide(Tensor<T>),
-    /// In bfloat16, with the weights that it is multiplied by.
+    /// In bfloat16, with the weights that it is multiplied by. `T` is f32.
     Narrow(Halves<T>, &'a Packed),
 }
 
-/// Below this many pixels a band spends more on packing the weights than its thread gains.
-const MIN_BAND_PIXELS: usize = 512;
-
-/// The same where the weights are packed already. Then all that a band costs in addition is the zero pixels around it.
-const MIN_PACKED_BAND_PIXELS: usize = 64;
-
-/// Cuts `rows` image rows of `width` pixels into bands of about equal height, with `least` pixels or more, and the same
-/// number of bands for each thread. Returns the rows of a band, and whether all threads share its product or one
-/// computes it.
-fn bands(rows: usize, width: usize, least: usize) -> (usize, Threads) {
-    let threads = rayon::current_num_threads();
-    if rows * width < threads * least {
-        return (rows, Threads::All);
+impl<'a, T: Real> Data<'a, T> {
+    /// Room for bands of up to `len` values.
+    fn new(pool: &Arc<Pool<T>>, len: usize, packed: Option<&'a Packed>) -> Self {
+        match packed {
+            None => Self::Wide(Tensor::uninit(pool, [1, 1, 1, len])),
+            Some(packed) => Self::Narrow(Halves::uninit(pool, len), packed),
+        }
     }
-    let count = (rows * width).div_ceil(BAND_PIXELS).next_multiple_of(threads);
-    (rows.div_ceil(count), Threads::One)
+
+    /// Reads a band, after the band `held`.
+    fn read(&mut self, pool: &Arc<Pool<T>>, band: &Band, held: Option<&Band>, threads: Threads, rows: &ImageRows<T>) {
+        match self {
+            Self::Wide(data) => {
+                band.fill(data.values_mut(), held, threads, T::zero(), |row, dst| (rows.read)(row, 0, dst));
+            }
+            Self::Narrow(data, _) => {
+                let [.., channels] = band.shape;
+                let pixels = (NARROWED / channels).max(1);
+                band.fill(data.values_mut(), held, threads, 0, |row, dst| {
+                    let mut some = Tensor::uninit(pool, [1, 1, pixels, channels]);
+                    let some = some.values_mut();
+                    for (i, dst) in dst.chunks_mut(some.len()).enumerate() {
+                        let some = &mut some[..dst.len()];
+                        (rows.read)(row, i * pixels, some);
+                        bf16::narrow(T::as_f32(some).expect("f32"), dst);
+                    }
+                });
+            }
+        }
+    }
+}
+
+/// Below this many pixels for each thread a layer is one band. In several of them each thread would pack, or read, the
+/// weights of all columns, which takes it longer than waiting for the others after each stage.
+const MIN_PIXELS: usize = 512;
+
+/// How the rows of a convolution are shared out.
+struct Cut {
+    /// Rows of a strip, which is one task, and of a band.
+    strip: usize,
+    band: usize,
+    /// Who computes a band.
+    threads: Threads,
+}
+
+impl Cut {
+    /// `rows` rows of `width` results; `pixel` bytes of a band for each of these, if its products are in bfloat16.
+    fn new(rows: usize, width: usize, pixel: Option<usize>) -> Self {
+        let threads = rayon::current_num_threads();
+        if rows * width < threads * MIN_PIXELS {
+            return Self { strip: rows, band: rows, threads: Threads::All };
+        }
+        let pixels = pixel.map_or(BAND_PIXELS, |bytes| PACKED_BAND_BYTES / bytes);
+        // As many for each thread, of about the same height.
+        let bands = (rows * width).div_ceil(pixels).next_multiple_of(threads);
+        let band = rows.div_ceil(bands);
+        Self { strip: band * (bands / (threads * STRIPS)).max(1), band, threads: Threads::One }
+    }
 }
 
 /// The longest sum that `gemm` never cuts into parts. Where it cuts longer ones depends on the size of the product, and
@@ -216,17 +281,11 @@ pub fn conv<T: Real>(
     if total * w == 0 {
         return;
     }
-    let (height, threads) = bands(total, w, if packed.is_some() { MIN_PACKED_BAND_PIXELS } else { MIN_BAND_PIXELS });
+    let pixel = 2 * c * stride * stride + 4 * cout * scale * scale;
+    let Cut { strip, band: height, threads } = Cut::new(total, w, packed.map(|_| pixel));
     let (per_row, k) = (out.len() / total, c * side);
     let block = k.div_ceil(k.div_ceil(MAX_SUM));
-    out.par_chunks_mut(height * per_row).enumerate().for_each(|(i, out)| {
-        let first = i * height;
-        let count = height.min(total - first);
-        let band = Band::new(rows.shape, window, first, count);
-        let data = match packed {
-            None => Data::Wide(band.read(pool, &rows)),
-            Some(packed) => Data::Narrow(band.read_narrow(pool, &rows), packed),
-        };
+    let compute = |band: &Band, data: &Data<T>, first: usize, count: usize, out: &mut [T]| {
         // A product with one row would be one with a vector, which `gemm` sums in another order.
         let m = (band.result(first + count - 1) + w).max(2);
         let mut y = Tensor::uninit(pool, [scale, m, scale, cout]);
@@ -234,7 +293,7 @@ pub fn conv<T: Real>(
             let (py, px) = (phase / scale, phase % scale);
             let y = &mut y.values_mut()[(py * m * scale + px) * cout..];
             let begin = |dy: usize| (band.line(py + dy) + px) * c;
-            match &data {
+            match data {
                 Data::Narrow(x, packed) => {
                     let a: Vec<_> = (0..side).map(|dy| Mat::new(&x.values()[begin(dy)..], stride * c)).collect();
                     let y = T::as_f32_mut(y).expect("f32");
@@ -251,16 +310,29 @@ pub fn conv<T: Real>(
                 }
             }
         }
-        simd(
-            #[inline(always)]
-            || {
-                for (j, out) in out.chunks_exact_mut(per_row / scale).enumerate() {
-                    let (row, py) = (first + j / scale, j % scale);
-                    let start = (py * m + band.result(row)) * scale;
-                    done(row * scale + py, &y.values()[start * cout..][..w * scale * cout], out);
-                }
-            },
-        );
+        let y = y.values();
+        for_parts(threads, out, per_row / scale, |j, out| {
+            let (row, py) = (first + j / scale, j % scale);
+            let start = (py * m + band.result(row)) * scale;
+            simd(
+                #[inline(always)]
+                || done(row * scale + py, &y[start * cout..][..w * scale * cout], out),
+            );
+        });
+    };
+    out.par_chunks_mut(strip * per_row).enumerate().for_each(|(i, out)| {
+        let bands = out.chunks_mut(height * per_row).enumerate().map(|(j, out)| {
+            let (first, count) = (i * strip + j * height, out.len() / per_row);
+            (Band::new(rows.shape, window, first, count), first, count, out)
+        });
+        let bands: Vec<_> = bands.collect();
+        let mut data = Data::new(pool, bands.iter().map(|(band, ..)| band.len()).max().unwrap_or(0), packed);
+        let mut held = None;
+        for (band, first, count, out) in bands {
+            data.read(pool, &band, held.as_ref(), threads, &rows);
+            compute(&band, &data, first, count, out);
+            held = Some(band);
+        }
     });
 }
 

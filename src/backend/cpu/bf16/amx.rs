@@ -29,14 +29,21 @@ pub fn is_available() -> bool {
     })
 }
 
-/// What the assembly reads. All distances are in bytes.
+/// What the assembly reads, and counts in. All distances are in bytes.
 #[repr(C, align(64))]
 struct Sum {
     config: Config,
     terms: [[*const u16; 2]; MAX_TERMS],
-    count: u64,
-    /// Steps of 32 values in a term.
+    /// Behind the last of the terms that there are.
+    end: *const [*const u16; 2],
+    /// Steps of 32 values in a term, and in all of them.
+    term_steps: u64,
     steps: u64,
+    /// Blocks of rows that are not summed yet, and where on the left the one begins whose values are loaded next.
+    blocks: u64,
+    a_block: u64,
+    /// From one block on the left to the next.
+    a_blocks: u64,
     /// From the first 16 rows or columns to the others; 0 where there are no others.
     a_second: u64,
     b_second: u64,
@@ -54,78 +61,100 @@ struct Config {
     rows: [u8; 16],
 }
 
-/// Asks for eight lines of the weights of the step after next, from line `$from` on.
+/// Asks for eight lines of the weights, from line `$from` behind `b` on.
 macro_rules! ahead {
     ($from:literal) => {
         concat!(ahead!(@ $from, 0), ahead!(@ $from, 1), ahead!(@ $from, 2), ahead!(@ $from, 3), ahead!(@ $from, 4),
             ahead!(@ $from, 5), ahead!(@ $from, 6), ahead!(@ $from, 7))
     };
     (@ $from:literal, $line:literal) => {
-        concat!("prefetcht0 [{b} + 4096 + 64*(", $from, " + ", $line, ")]\n")
+        concat!("prefetcht0 [{b} + 64*(", $from, " + ", $line, ")]\n")
     };
 }
 
+/// Rows that are summed at once.
+const ROWS: usize = 2 * LANES;
+
 /// # Safety
-/// The unit [can be used](is_available); `block` is as large as it says, and has no more than 32 rows and columns.
+/// The unit [can be used](is_available); `block` is as large as it says, and has no more than 32 columns.
 pub unsafe fn sum(block: &Block) {
+    let (whole, rest) = (block.rows / ROWS, block.rows % ROWS);
+    // SAFETY: the caller's promise.
+    unsafe {
+        if whole > 0 {
+            sum_blocks(block, 0, whole, ROWS);
+        }
+        if rest > 0 {
+            sum_blocks(block, whole * ROWS, 1, rest);
+        }
+    }
+}
+
+/// Sums `count` blocks of `rows` rows each, 32 or the last ones, from row `first` of `block` on.
+///
+/// # Safety
+/// As for [`sum`]; the rows are in `block`.
+unsafe fn sum_blocks(block: &Block, first: usize, count: usize, rows: usize) {
     // Where there are 16 rows or fewer, the second tile of rows is the first once more: all products are the same four.
     let halves = |all: usize| if all > LANES { [LANES, all - LANES] } else { [all; 2] };
-    let (rows, columns) = (halves(block.rows), halves(block.columns));
+    let (below, beside) = (rows > LANES, block.columns > LANES);
+    let [down, across] = [rows, block.columns].map(halves);
     let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
     let mut tile =
         |i: usize, rows: usize, bytes: usize| (config.rows[i], config.row_bytes[i]) = (rows as u8, bytes as u16);
     for i in 0..4 {
-        tile(i, rows[i / 2], columns[i % 2] * 4);
+        tile(i, down[i / 2], across[i % 2] * 4);
     }
     for i in 0..2 {
-        tile(4 + i, rows[i], 64);
-        tile(6 + i, 16, columns[i] * 4);
+        tile(4 + i, down[i], 64);
+        tile(6 + i, 16, across[i] * 4);
     }
-    let (below, beside) = (block.rows > LANES, block.columns > LANES);
     let (a_rows, dst_rows) = (block.a_rows * 2, block.dst_rows * 4);
     let b_rows = block.columns.next_multiple_of(LANES) * 4;
-    let sum = Sum {
+    let term_steps = block.k / 32;
+    let mut sum = Sum {
         config,
         terms: block.terms,
-        count: block.count as u64,
-        steps: (block.k / 32) as u64,
+        end: std::ptr::null(),
+        term_steps: term_steps as u64,
+        steps: (term_steps * block.count) as u64,
+        blocks: count as u64,
+        a_block: (first * a_rows) as u64,
+        a_blocks: (rows * a_rows) as u64,
         a_second: if below { LANES * a_rows } else { 0 } as u64,
         b_second: if beside { 64 } else { 0 },
         dst_second_rows: if below { LANES * dst_rows } else { 0 } as u64,
         dst_second_columns: if beside { 64 } else { 0 },
     };
-    // SAFETY: the caller's promise. No code of the compiler's holds values in tiles; all are given back at the end.
+    let sum = &raw mut sum;
+    // SAFETY: the caller's promise. What is loaded after the last step is the first step's once more, of the last block.
+    // No code of the compiler's holds values in tiles; all are given back at the end.
     unsafe {
+        let terms = (&raw const (*sum).terms).cast::<[*const u16; 2]>();
+        (*sum).end = terms.add(block.count);
+        let [a, b] = (*sum).terms[0].map(|term| term.cast::<u8>());
+        let a = a.add(first * a_rows);
         asm!(
             "ldtilecfg [{sum}]",
+            "tileloadd tmm4, [{a} + {a_rows}]",
+            "tileloadd tmm5, [{a2} + {a_rows}]",
+            "tileloadd tmm6, [{b} + {b_rows}]",
+            "tileloadd tmm7, [{b2} + {b_rows}]",
+            // A block.
+            "2:",
             "tilezero tmm0",
             "tilezero tmm1",
             "tilezero tmm2",
             "tilezero tmm3",
-            "lea {term}, [{sum} + {terms}]",
-            "mov {left}, [{sum} + {count}]",
-            "2:",
-            "mov {a}, [{term}]",
-            "mov {b}, [{term} + 8]",
-            "add {term}, 16",
-            "mov {a2}, {a}",
-            "add {a2}, [{sum} + {a_second}]",
-            "mov {b2}, {b}",
-            "add {b2}, [{sum} + {b_second}]",
-            "mov {steps}, [{sum} + {all_steps}]",
+            "mov {left}, [{sum} + {all_steps}]",
+            // A step. The next one's operands are loaded as soon as their tiles are free: while other products are made.
             "3:",
-            "tileloadd tmm4, [{a} + {a_rows}]",
-            "tileloadd tmm6, [{b} + {b_rows}]",
             "tdpbf16ps tmm0, tmm4, tmm6",
-            ahead!(0),
-            "tileloadd tmm5, [{a2} + {a_rows}]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            ahead!(8),
-            "tileloadd tmm7, [{b2} + {b_rows}]",
+            ahead!(64),
             "tdpbf16ps tmm1, tmm4, tmm7",
-            ahead!(16),
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            ahead!(24),
+            ahead!(72),
+            "dec {steps}",
+            "jz 5f",
             "add {a}, 64",
             "add {a2}, 64",
             // 16 pairs of rows.
@@ -133,23 +162,59 @@ pub unsafe fn sum(block: &Block) {
             "lea {b}, [{b} + 8*{b_rows}]",
             "lea {b2}, [{b2} + 8*{b_rows}]",
             "lea {b2}, [{b2} + 8*{b_rows}]",
-            "dec {steps}",
-            "jnz 3b",
+            "4:",
+            "tileloadd tmm4, [{a} + {a_rows}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            ahead!(48),
+            "tileloadd tmm6, [{b} + {b_rows}]",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            ahead!(56),
+            "tileloadd tmm5, [{a2} + {a_rows}]",
+            "tileloadd tmm7, [{b2} + {b_rows}]",
             "dec {left}",
-            "jnz 2b",
+            "jnz 3b",
             "tilestored [{dst} + {dst_rows}], tmm0",
-            "mov {a}, {dst}",
-            "add {a}, [{sum} + {dst_second_columns}]",
-            "tilestored [{a} + {dst_rows}], tmm1",
+            "mov {left}, {dst}",
+            "add {left}, [{sum} + {dst_second_columns}]",
+            "tilestored [{left} + {dst_rows}], tmm1",
             "add {dst}, [{sum} + {dst_second_rows}]",
-            "add {a}, [{sum} + {dst_second_rows}]",
+            "add {left}, [{sum} + {dst_second_rows}]",
             "tilestored [{dst} + {dst_rows}], tmm2",
-            "tilestored [{a} + {dst_rows}], tmm3",
+            "tilestored [{left} + {dst_rows}], tmm3",
+            "add {dst}, [{sum} + {dst_second_rows}]",
+            "dec qword ptr [{sum} + {blocks}]",
+            "jnz 2b",
+            "jmp 7f",
+            // The end of a term. After the last one the first follows, with the next block's rows if there are any.
+            "5:",
+            "cmp {term}, [{sum} + {end}]",
+            "jne 6f",
+            "lea {term}, [{sum} + {terms}]",
+            "cmp qword ptr [{sum} + {blocks}], 1",
+            "je 6f",
+            "mov {a}, [{sum} + {a_blocks}]",
+            "add [{sum} + {a_block}], {a}",
+            "6:",
+            "mov {a}, [{term}]",
+            "add {a}, [{sum} + {a_block}]",
+            "mov {a2}, {a}",
+            "add {a2}, [{sum} + {a_second}]",
+            "mov {b}, [{term} + 8]",
+            "mov {b2}, {b}",
+            "add {b2}, [{sum} + {b_second}]",
+            "add {term}, 16",
+            "mov {steps}, [{sum} + {term_steps}]",
+            "jmp 4b",
+            "7:",
             "tilerelease",
-            sum = in(reg) &sum,
+            sum = in(reg) sum,
             terms = const std::mem::offset_of!(Sum, terms),
-            count = const std::mem::offset_of!(Sum, count),
+            end = const std::mem::offset_of!(Sum, end),
+            term_steps = const std::mem::offset_of!(Sum, term_steps),
             all_steps = const std::mem::offset_of!(Sum, steps),
+            blocks = const std::mem::offset_of!(Sum, blocks),
+            a_block = const std::mem::offset_of!(Sum, a_block),
+            a_blocks = const std::mem::offset_of!(Sum, a_blocks),
             a_second = const std::mem::offset_of!(Sum, a_second),
             b_second = const std::mem::offset_of!(Sum, b_second),
             dst_second_rows = const std::mem::offset_of!(Sum, dst_second_rows),
@@ -157,14 +222,14 @@ pub unsafe fn sum(block: &Block) {
             a_rows = in(reg) a_rows,
             b_rows = in(reg) b_rows,
             dst_rows = in(reg) dst_rows,
-            dst = inout(reg) block.dst => _,
-            term = out(reg) _,
+            dst = inout(reg) block.dst.add(first * block.dst_rows) => _,
+            term = inout(reg) terms.add(1) => _,
+            steps = inout(reg) term_steps => _,
             left = out(reg) _,
-            a = out(reg) _,
-            a2 = out(reg) _,
-            b = out(reg) _,
-            b2 = out(reg) _,
-            steps = out(reg) _,
+            a = inout(reg) a => _,
+            a2 = inout(reg) a.add((*sum).a_second as usize) => _,
+            b = inout(reg) b => _,
+            b2 = inout(reg) b.add((*sum).b_second as usize) => _,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),

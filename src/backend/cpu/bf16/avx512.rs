@@ -73,40 +73,47 @@ pub unsafe fn interleave([even, odd]: [&[f32]; 2], to: &mut [u16]) {
     }
 }
 
+/// Rows that are summed at once.
+const ROWS: usize = 6;
+
 /// # Safety
-/// The processor [can](is_available); `block` is as large as it says, and has no more rows and columns than the unit.
+/// The processor [can](is_available); `block` is as large as it says, and has no more than 64 columns.
 pub unsafe fn sum(block: &Block) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match block.rows {
-            1 => rows::<1>(block),
-            2 => rows::<2>(block),
-            3 => rows::<3>(block),
-            4 => rows::<4>(block),
-            5 => rows::<5>(block),
-            _ => rows::<6>(block),
+    for first in (0..block.rows).step_by(ROWS) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match block.rows - first {
+                1 => rows::<1>(block, first),
+                2 => rows::<2>(block, first),
+                3 => rows::<3>(block, first),
+                4 => rows::<4>(block, first),
+                5 => rows::<5>(block, first),
+                _ => rows::<ROWS>(block, first),
+            }
         }
     }
 }
 
 #[inline]
-unsafe fn rows<const R: usize>(block: &Block) {
+unsafe fn rows<const R: usize>(block: &Block, first: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         match block.columns.div_ceil(LANES) {
-            1 => tile::<R, 1>(block),
-            2 => tile::<R, 2>(block),
-            3 => tile::<R, 3>(block),
-            _ => tile::<R, 4>(block),
+            1 => tile::<R, 1>(block, first),
+            2 => tile::<R, 2>(block, first),
+            3 => tile::<R, 3>(block, first),
+            _ => tile::<R, 4>(block, first),
         }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn tile<const R: usize, const C: usize>(block: &Block) {
+unsafe fn tile<const R: usize, const C: usize>(block: &Block, first: usize) {
     let mut sums = [[_mm512_setzero_ps(); C]; R];
     let step = 2 * LANES;
-    for [mut a, mut b] in block.terms[..block.count].iter().copied() {
+    for [a, mut b] in block.terms[..block.count].iter().copied() {
+        // SAFETY: the row is there.
+        let mut a = unsafe { a.add(first * block.a_rows) };
         for _ in 0..block.k / 2 {
             // SAFETY: C registers of `b`; two values of each of R rows of `a`.
             unsafe {
@@ -134,7 +141,7 @@ unsafe fn tile<const R: usize, const C: usize>(block: &Block) {
             // The last register may be wider than the matrix.
             let mask = ((1u32 << (block.columns - j * LANES).min(LANES)) - 1) as __mmask16;
             // SAFETY: masked to the columns that are there.
-            unsafe { _mm512_mask_storeu_ps(block.dst.add(i * block.dst_rows + j * LANES), mask, sum) };
+            unsafe { _mm512_mask_storeu_ps(block.dst.add((first + i) * block.dst_rows + j * LANES), mask, sum) };
         }
     }
 }

@@ -64,14 +64,6 @@ impl Unit {
         }
     }
 
-    /// Rows that are summed at once.
-    fn rows(self) -> usize {
-        match self {
-            Self::Avx512 => 6,
-            Self::Amx => 32,
-        }
-    }
-
     /// Packs a matrix into `to`, which has `k` rows.
     fn pack(self, to: &mut [u16], k: usize, from: Mat<f32>, [rows, cout]: [usize; 2]) {
         let round =
@@ -214,7 +206,7 @@ fn interleave(rows: [&[f32]; 2], to: &mut [u16]) {
 /// Matrices that [`product`] takes at most: the rows of a 3x3 kernel.
 const MAX_TERMS: usize = 3;
 
-/// Some rows and columns of the sums.
+/// The sums of some columns.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 struct Block {
     rows: usize,
@@ -236,7 +228,7 @@ struct Block {
 #[derive(Clone, Copy)]
 struct Target(*mut f32);
 
-// SAFETY: each thread writes columns that no other one does.
+// SAFETY: each thread writes rows and columns that no other one does.
 unsafe impl Sync for Target {}
 // SAFETY: as above.
 unsafe impl Send for Target {}
@@ -253,27 +245,31 @@ pub fn product(m: usize, dst: &mut [f32], dst_rows: usize, a: &[Mat<u16>], b: &P
     let a_rows = a[0].rows;
     assert!(a.iter().all(|a| a.cols == 1 && a.rows == a_rows && (m - 1) * a_rows + k <= a.data.len()));
     let dst = Target(dst.as_mut_ptr());
-    let columns = |first: usize| {
+    let blocks = cout.div_ceil(unit.columns());
+    // Some tasks for each thread, of columns and, where there are not enough of these, of rows.
+    let rows = match threads {
+        Threads::One => m,
+        Threads::All => m.div_ceil((4 * rayon::current_num_threads()).div_ceil(blocks)).next_multiple_of(32),
+    };
+    let bands = m.div_ceil(rows);
+    let task = |i: usize| {
         // The whole of it: a closure would take the pointer alone.
         let Target(dst) = { dst };
-        let columns = unit.columns().min(cout - first);
+        let (first, row) = (i / bands * unit.columns(), i % bands * rows);
+        let (columns, rows) = (unit.columns().min(cout - first), rows.min(m - row));
         let mut terms = [[std::ptr::null(); 2]; MAX_TERMS];
-        for row in (0..m).step_by(unit.rows()) {
-            for (i, a) in a.iter().enumerate() {
-                terms[i] = [a.data[row * a_rows..].as_ptr(), b.block(part + i, first, columns).as_ptr()];
-            }
-            // SAFETY: the assertions above bound every access, `block` those to the right matrices.
-            unsafe {
-                let dst = dst.add(row * dst_rows + first);
-                let rows = unit.rows().min(m - row);
-                unit.sum(&Block { rows, columns, k, terms, count: a.len(), a_rows, dst, dst_rows });
-            }
+        for (i, a) in a.iter().enumerate() {
+            terms[i] = [a.data[row * a_rows..].as_ptr(), b.block(part + i, first, columns).as_ptr()];
+        }
+        // SAFETY: the assertions above bound every access, `block` those to the right matrices.
+        unsafe {
+            let dst = dst.add(row * dst_rows + first);
+            unit.sum(&Block { rows, columns, k, terms, count: a.len(), a_rows, dst, dst_rows });
         }
     };
-    let firsts = (0..cout.div_ceil(unit.columns())).map(|block| block * unit.columns());
     match threads {
-        Threads::One => firsts.for_each(columns),
-        Threads::All => firsts.collect::<Vec<_>>().into_par_iter().for_each(columns),
+        Threads::One => (0..blocks * bands).for_each(task),
+        Threads::All => (0..blocks * bands).into_par_iter().for_each(task),
     }
 }
 
