@@ -3,7 +3,7 @@
 //! For each image and head: S = q k^T / sqrt(c) over T = h w tokens, y = softmax(S) v. Cost: 2 T^2 c
 //! multiply-adds forward, 5 T^2 c backward (the scores are computed again rather than kept).
 
-use super::bf16::{self, Packed};
+use super::bf16::{self, Packed, Rows};
 use super::tensor::{Halves, Pool, Tensor};
 use crate::real::{Dst, Mat, NORM_EPS, Real, Threads, dot, matmul, max, simd, sum};
 use rayon::prelude::*;
@@ -123,7 +123,7 @@ impl NarrowHead {
         }
         narrow(left.values_mut(), scaled, *c, keys.k());
         let to = T::as_f32_mut(scores.values_mut()).expect("f32");
-        bf16::product(m, to, *tokens, &[Mat::new(left.values(), keys.k())], keys, 0, Threads::One);
+        bf16::product(Rows::all(m), to, *tokens, &[Mat::new(left.values(), keys.k())], keys, 0, Threads::One);
         let scores = &mut scores.values_mut()[..m * tokens];
         simd(
             #[inline(always)]
@@ -131,7 +131,7 @@ impl NarrowHead {
         );
         narrow(left.values_mut(), scores, *tokens, values.k());
         let to = T::as_f32_mut(out).expect("f32");
-        bf16::product(m, to, *c, &[Mat::new(left.values(), values.k())], values, 0, Threads::One);
+        bf16::product(Rows::all(m), to, *c, &[Mat::new(left.values(), values.k())], values, 0, Threads::One);
     }
 }
 

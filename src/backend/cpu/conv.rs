@@ -20,7 +20,7 @@
 //! other are a strip, the work of one thread: what two of them see is read once. A layer of few pixels is one band, and
 //! each of its stages is spread over the threads.
 
-use super::bf16::{self, Packed};
+use super::bf16::{self, Packed, Rows};
 use super::tensor::{Halves, Pool, Tensor};
 use crate::backend::Shape;
 use crate::backend::codec::{Reach, Window};
@@ -286,8 +286,11 @@ pub fn conv<T: Real>(
     let (per_row, k) = (out.len() / total, c * side);
     let block = k.div_ceil(k.div_ceil(MAX_SUM));
     let compute = |band: &Band, data: &Data<T>, first: usize, count: usize, out: &mut [T]| {
+        let last = band.result(first + count - 1);
         // A product with one row would be one with a vector, which `gemm` sums in another order.
-        let m = (band.result(first + count - 1) + w).max(2);
+        let m = (last + w).max(2);
+        let pitch = band.pitch / stride;
+        let lines = Rows { lines: last / pitch + 1, width: w, pitch };
         let mut y = Tensor::uninit(pool, [scale, m, scale, cout]);
         for (phase, weight) in weight.chunks_exact(side * k * cout).enumerate() {
             let (py, px) = (phase / scale, phase % scale);
@@ -297,7 +300,7 @@ pub fn conv<T: Real>(
                 Data::Narrow(x, packed) => {
                     let a: Vec<_> = (0..side).map(|dy| Mat::new(&x.values()[begin(dy)..], stride * c)).collect();
                     let y = T::as_f32_mut(y).expect("f32");
-                    bf16::product(m, y, scale * cout, &a, packed, phase * side, threads);
+                    bf16::product(lines, y, scale * cout, &a, packed, phase * side, threads);
                 }
                 Data::Wide(x) => {
                     for (dy, k0) in (0..side).flat_map(|dy| (0..k).step_by(block).map(move |k0| (dy, k0))) {

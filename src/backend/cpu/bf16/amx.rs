@@ -16,7 +16,7 @@ use std::arch::asm;
 use std::sync::OnceLock;
 
 use super::avx512::cpuid;
-use super::{Block, LANES, MAX_TERMS};
+use super::{Block, LANES, MAX_TERMS, Rows};
 use crate::system;
 
 /// Whether this processor has the unit, and the system lets this process use it.
@@ -39,11 +39,18 @@ struct Sum {
     /// Steps of 32 values in a term, and in all of them.
     term_steps: u64,
     steps: u64,
-    /// Blocks of rows that are not summed yet, and where on the left the one begins whose values are loaded next.
-    blocks: u64,
-    a_block: u64,
-    /// From one block on the left to the next.
-    a_blocks: u64,
+    /// Rows that are summed at once are a group. The groups of a line, and those that are left in all lines.
+    line_groups: u64,
+    groups: u64,
+    /// Where on the left the group begins whose values are loaded next, and how many the line has from the one before on.
+    a_group: u64,
+    a_left: u64,
+    /// How many groups the line of the sums has left.
+    dst_left: u64,
+    /// From one group to the next, and from behind the last one of a line to the next line.
+    a_groups: u64,
+    a_lines: u64,
+    dst_lines: u64,
     /// From the first 16 rows or columns to the others; 0 where there are no others.
     a_second: u64,
     b_second: u64,
@@ -72,29 +79,28 @@ macro_rules! ahead {
     };
 }
 
-/// Rows that are summed at once.
-const ROWS: usize = 2 * LANES;
-
 /// # Safety
 /// The unit [can be used](is_available); `block` is as large as it says, and has no more than 32 columns.
 pub unsafe fn sum(block: &Block) {
-    let (whole, rest) = (block.rows / ROWS, block.rows % ROWS);
+    let at_once = 2 * LANES;
+    let (whole, rest) = (block.rows.width / at_once, block.rows.width % at_once);
     // SAFETY: the caller's promise.
     unsafe {
         if whole > 0 {
-            sum_blocks(block, 0, whole, ROWS);
+            sum_rows(block, 0, whole, at_once);
         }
         if rest > 0 {
-            sum_blocks(block, whole * ROWS, 1, rest);
+            sum_rows(block, whole * at_once, 1, rest);
         }
     }
 }
 
-/// Sums `count` blocks of `rows` rows each, 32 or the last ones, from row `first` of `block` on.
+/// Sums `count` times `rows` rows of each line, 32 of them or the last ones, from its row `first` on.
 ///
 /// # Safety
 /// As for [`sum`]; the rows are in `block`.
-unsafe fn sum_blocks(block: &Block, first: usize, count: usize, rows: usize) {
+unsafe fn sum_rows(block: &Block, first: usize, count: usize, rows: usize) {
+    let Rows { lines, pitch, .. } = block.rows;
     // Where there are 16 rows or fewer, the second tile of rows is the first once more: all products are the same four.
     let halves = |all: usize| if all > LANES { [LANES, all - LANES] } else { [all; 2] };
     let (below, beside) = (rows > LANES, block.columns > LANES);
@@ -112,22 +118,29 @@ unsafe fn sum_blocks(block: &Block, first: usize, count: usize, rows: usize) {
     let (a_rows, dst_rows) = (block.a_rows * 2, block.dst_rows * 4);
     let b_rows = block.columns.next_multiple_of(LANES) * 4;
     let term_steps = block.k / 32;
+    let second_rows = if below { LANES * dst_rows } else { 0 };
     let mut sum = Sum {
         config,
         terms: block.terms,
         end: std::ptr::null(),
         term_steps: term_steps as u64,
         steps: (term_steps * block.count) as u64,
-        blocks: count as u64,
-        a_block: (first * a_rows) as u64,
-        a_blocks: (rows * a_rows) as u64,
+        line_groups: count as u64,
+        groups: (lines * count) as u64,
+        a_group: (first * a_rows) as u64,
+        a_left: count as u64,
+        dst_left: count as u64,
+        a_groups: (rows * a_rows) as u64,
+        a_lines: ((pitch - count * rows) * a_rows) as u64,
+        // The sums' pointer has passed whole tiles, which may be more than the rows.
+        dst_lines: (pitch * dst_rows).wrapping_sub(2 * count * second_rows) as u64,
         a_second: if below { LANES * a_rows } else { 0 } as u64,
         b_second: if beside { 64 } else { 0 },
-        dst_second_rows: if below { LANES * dst_rows } else { 0 } as u64,
+        dst_second_rows: second_rows as u64,
         dst_second_columns: if beside { 64 } else { 0 },
     };
     let sum = &raw mut sum;
-    // SAFETY: the caller's promise. What is loaded after the last step is the first step's once more, of the last block.
+    // SAFETY: the caller's promise. What is loaded after the last step is the first step's once more, of the last group.
     // No code of the compiler's holds values in tiles; all are given back at the end.
     unsafe {
         let terms = (&raw const (*sum).terms).cast::<[*const u16; 2]>();
@@ -140,7 +153,7 @@ unsafe fn sum_blocks(block: &Block, first: usize, count: usize, rows: usize) {
             "tileloadd tmm5, [{a2} + {a_rows}]",
             "tileloadd tmm6, [{b} + {b_rows}]",
             "tileloadd tmm7, [{b2} + {b_rows}]",
-            // A block.
+            // A group.
             "2:",
             "tilezero tmm0",
             "tilezero tmm1",
@@ -154,7 +167,7 @@ unsafe fn sum_blocks(block: &Block, first: usize, count: usize, rows: usize) {
             "tdpbf16ps tmm1, tmm4, tmm7",
             ahead!(72),
             "dec {steps}",
-            "jz 5f",
+            "jz 6f",
             "add {a}, 64",
             "add {a2}, 64",
             // 16 pairs of rows.
@@ -182,21 +195,33 @@ unsafe fn sum_blocks(block: &Block, first: usize, count: usize, rows: usize) {
             "tilestored [{dst} + {dst_rows}], tmm2",
             "tilestored [{left} + {dst_rows}], tmm3",
             "add {dst}, [{sum} + {dst_second_rows}]",
-            "dec qword ptr [{sum} + {blocks}]",
-            "jnz 2b",
-            "jmp 7f",
-            // The end of a term. After the last one the first follows, with the next block's rows if there are any.
+            "dec qword ptr [{sum} + {dst_left}]",
+            "jnz 5f",
+            "mov {left}, [{sum} + {line_groups}]",
+            "mov [{sum} + {dst_left}], {left}",
+            "add {dst}, [{sum} + {dst_lines}]",
             "5:",
-            "cmp {term}, [{sum} + {end}]",
-            "jne 6f",
-            "lea {term}, [{sum} + {terms}]",
-            "cmp qword ptr [{sum} + {blocks}], 1",
-            "je 6f",
-            "mov {a}, [{sum} + {a_blocks}]",
-            "add [{sum} + {a_block}], {a}",
+            "dec qword ptr [{sum} + {groups}]",
+            "jnz 2b",
+            "jmp 8f",
+            // The end of a term. After the last one the first follows, with the next group's rows if there are any.
             "6:",
+            "cmp {term}, [{sum} + {end}]",
+            "jne 7f",
+            "lea {term}, [{sum} + {terms}]",
+            "cmp qword ptr [{sum} + {groups}], 1",
+            "je 7f",
+            "mov {a}, [{sum} + {a_groups}]",
+            "add [{sum} + {a_group}], {a}",
+            "dec qword ptr [{sum} + {a_left}]",
+            "jnz 7f",
+            "mov {a}, [{sum} + {line_groups}]",
+            "mov [{sum} + {a_left}], {a}",
+            "mov {a}, [{sum} + {a_lines}]",
+            "add [{sum} + {a_group}], {a}",
+            "7:",
             "mov {a}, [{term}]",
-            "add {a}, [{sum} + {a_block}]",
+            "add {a}, [{sum} + {a_group}]",
             "mov {a2}, {a}",
             "add {a2}, [{sum} + {a_second}]",
             "mov {b}, [{term} + 8]",
@@ -205,16 +230,21 @@ unsafe fn sum_blocks(block: &Block, first: usize, count: usize, rows: usize) {
             "add {term}, 16",
             "mov {steps}, [{sum} + {term_steps}]",
             "jmp 4b",
-            "7:",
+            "8:",
             "tilerelease",
             sum = in(reg) sum,
             terms = const std::mem::offset_of!(Sum, terms),
             end = const std::mem::offset_of!(Sum, end),
             term_steps = const std::mem::offset_of!(Sum, term_steps),
             all_steps = const std::mem::offset_of!(Sum, steps),
-            blocks = const std::mem::offset_of!(Sum, blocks),
-            a_block = const std::mem::offset_of!(Sum, a_block),
-            a_blocks = const std::mem::offset_of!(Sum, a_blocks),
+            line_groups = const std::mem::offset_of!(Sum, line_groups),
+            groups = const std::mem::offset_of!(Sum, groups),
+            a_group = const std::mem::offset_of!(Sum, a_group),
+            a_left = const std::mem::offset_of!(Sum, a_left),
+            dst_left = const std::mem::offset_of!(Sum, dst_left),
+            a_groups = const std::mem::offset_of!(Sum, a_groups),
+            a_lines = const std::mem::offset_of!(Sum, a_lines),
+            dst_lines = const std::mem::offset_of!(Sum, dst_lines),
             a_second = const std::mem::offset_of!(Sum, a_second),
             b_second = const std::mem::offset_of!(Sum, b_second),
             dst_second_rows = const std::mem::offset_of!(Sum, dst_second_rows),

@@ -10,7 +10,7 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use super::{Block, LANES};
+use super::{Block, LANES, Rows};
 
 /// Whether this processor has the instructions.
 pub fn is_available() -> bool {
@@ -73,22 +73,21 @@ pub unsafe fn interleave([even, odd]: [&[f32]; 2], to: &mut [u16]) {
     }
 }
 
-/// Rows that are summed at once.
-const ROWS: usize = 6;
-
 /// # Safety
 /// The processor [can](is_available); `block` is as large as it says, and has no more than 64 columns.
 pub unsafe fn sum(block: &Block) {
-    for first in (0..block.rows).step_by(ROWS) {
+    let Rows { lines, width, pitch } = block.rows;
+    for (line, first) in (0..lines).flat_map(|line| (0..width).step_by(6).map(move |first| (line, first))) {
+        let row = line * pitch + first;
         // SAFETY: the caller's promise.
         unsafe {
-            match block.rows - first {
-                1 => rows::<1>(block, first),
-                2 => rows::<2>(block, first),
-                3 => rows::<3>(block, first),
-                4 => rows::<4>(block, first),
-                5 => rows::<5>(block, first),
-                _ => rows::<ROWS>(block, first),
+            match width - first {
+                1 => rows::<1>(block, row),
+                2 => rows::<2>(block, row),
+                3 => rows::<3>(block, row),
+                4 => rows::<4>(block, row),
+                5 => rows::<5>(block, row),
+                _ => rows::<6>(block, row),
             }
         }
     }

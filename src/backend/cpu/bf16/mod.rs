@@ -56,6 +56,14 @@ impl Unit {
         }
     }
 
+    /// Rows that are summed at once.
+    fn rows(self) -> usize {
+        match self {
+            Self::Avx512 => 6,
+            Self::Amx => 32,
+        }
+    }
+
     /// Columns that are summed at once.
     fn columns(self) -> usize {
         match self {
@@ -206,10 +214,39 @@ fn interleave(rows: [&[f32]; 2], to: &mut [u16]) {
 /// Matrices that [`product`] takes at most: the rows of a 3x3 kernel.
 const MAX_TERMS: usize = 3;
 
+/// The rows of a product that are needed: `width` rows in each of some lines, which begin `pitch` rows apart.
+#[derive(Clone, Copy)]
+pub struct Rows {
+    /// How many lines there are.
+    pub lines: usize,
+    /// Needed rows of a line.
+    pub width: usize,
+    /// From line to line.
+    pub pitch: usize,
+}
+
+impl Rows {
+    /// All of `m` rows.
+    pub fn all(m: usize) -> Self {
+        Self { lines: 1, width: m, pitch: m }
+    }
+
+    /// From the first row to the last one.
+    fn span(self) -> usize {
+        (self.lines - 1) * self.pitch + self.width
+    }
+
+    /// With the rows between the lines too if these cost less than lines that end with a part of `at_once` rows.
+    fn cheaper(self, at_once: usize) -> Self {
+        let apart = self.lines * self.width.div_ceil(at_once);
+        if apart <= self.span().div_ceil(at_once) { self } else { Self::all(self.span()) }
+    }
+}
+
 /// The sums of some columns.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 struct Block {
-    rows: usize,
+    rows: Rows,
     columns: usize,
     /// Values of a matrix's row on the left.
     k: usize,
@@ -234,42 +271,60 @@ unsafe impl Sync for Target {}
 unsafe impl Send for Target {}
 
 /// Writes the sum over i of `a[i]` [m, k], whose rows are contiguous and equally far apart, times matrix `part + i` of
-/// `b` to `dst` [m, cout], whose rows are `dst_rows` values apart.
+/// `b` to `dst` [m, cout], whose rows are `dst_rows` values apart. Rows between the lines of `rows` get some value.
 ///
 /// # Panics
 /// If there are none or more than three matrices on the left, or a slice is too short.
-pub fn product(m: usize, dst: &mut [f32], dst_rows: usize, a: &[Mat<u16>], b: &Packed, part: usize, threads: Threads) {
+pub fn product(
+    rows: Rows,
+    dst: &mut [f32],
+    dst_rows: usize,
+    a: &[Mat<u16>],
+    b: &Packed,
+    part: usize,
+    threads: Threads,
+) {
     let (k, cout, unit) = (b.k, b.cout, b.unit);
-    assert!(m > 0 && cout <= dst_rows && (m - 1) * dst_rows + cout <= dst.len());
+    assert!(rows.lines > 0 && (1..=rows.pitch).contains(&rows.width));
+    let last = rows.span() - 1;
+    assert!(cout <= dst_rows && last * dst_rows + cout <= dst.len());
     assert!((1..=MAX_TERMS).contains(&a.len()));
     let a_rows = a[0].rows;
-    assert!(a.iter().all(|a| a.cols == 1 && a.rows == a_rows && (m - 1) * a_rows + k <= a.data.len()));
+    assert!(a.iter().all(|a| a.cols == 1 && a.rows == a_rows && last * a_rows + k <= a.data.len()));
     let dst = Target(dst.as_mut_ptr());
+    let rows = rows.cheaper(unit.rows());
     let blocks = cout.div_ceil(unit.columns());
-    // Some tasks for each thread, of columns and, where there are not enough of these, of rows.
-    let rows = match threads {
-        Threads::One => m,
-        Threads::All => m.div_ceil((4 * rayon::current_num_threads()).div_ceil(blocks)).next_multiple_of(32),
+    // Some tasks for each thread: of columns and, where there are not enough of these, of lines or of a line's rows.
+    let parts = match threads {
+        Threads::One => 1,
+        Threads::All => (4 * rayon::current_num_threads()).div_ceil(blocks),
     };
-    let bands = m.div_ceil(rows);
+    let few = match rows {
+        Rows { lines: 1, width, .. } => Rows::all(width.div_ceil(parts).next_multiple_of(unit.rows())),
+        Rows { lines, .. } => Rows { lines: lines.div_ceil(parts), ..rows },
+    };
+    let step = few.lines * few.pitch;
+    let parts = rows.span().div_ceil(step);
     let task = |i: usize| {
         // The whole of it: a closure would take the pointer alone.
         let Target(dst) = { dst };
-        let (first, row) = (i / bands * unit.columns(), i % bands * rows);
-        let (columns, rows) = (unit.columns().min(cout - first), rows.min(m - row));
+        let (column, row) = (i / parts * unit.columns(), i % parts * step);
+        let columns = unit.columns().min(cout - column);
         let mut terms = [[std::ptr::null(); 2]; MAX_TERMS];
         for (i, a) in a.iter().enumerate() {
-            terms[i] = [a.data[row * a_rows..].as_ptr(), b.block(part + i, first, columns).as_ptr()];
+            terms[i] = [a.data[row * a_rows..].as_ptr(), b.block(part + i, column, columns).as_ptr()];
         }
+        let left = rows.span() - row;
+        let rows = Rows { lines: few.lines.min(left.div_ceil(few.pitch)), width: few.width.min(left), ..few };
         // SAFETY: the assertions above bound every access, `block` those to the right matrices.
         unsafe {
-            let dst = dst.add(row * dst_rows + first);
+            let dst = dst.add(row * dst_rows + column);
             unit.sum(&Block { rows, columns, k, terms, count: a.len(), a_rows, dst, dst_rows });
         }
     };
     match threads {
-        Threads::One => (0..blocks * bands).for_each(task),
-        Threads::All => (0..blocks * bands).into_par_iter().for_each(task),
+        Threads::One => (0..blocks * parts).for_each(task),
+        Threads::All => (0..blocks * parts).into_par_iter().for_each(task),
     }
 }
 
@@ -317,6 +372,7 @@ mod tests {
             (17, 64, 17),
             (31, 32, 48),
             (33, 64, 3),
+            (131, 64, 40),
         ];
         if !is_available() {
             eprintln!("skipped: no AVX-512 BF16");
@@ -331,14 +387,26 @@ mod tests {
             narrow(&x, &mut a);
             let b = Packed::for_unit(unit, &w, k, cout);
             let start = noise(m * dst_rows, 3);
-            for (part, terms, threads) in [(0, 1, Threads::One), (1, 3, Threads::All), (2, 2, Threads::One)] {
+            let lines = |width, pitch| Rows { lines: (m - width) / pitch + 1, width, pitch };
+            let cases = [
+                (0, 1, Threads::One, Rows::all(m)),
+                (1, 3, Threads::All, Rows::all(m)),
+                (2, 2, Threads::One, Rows::all(m)),
+                (1, 2, Threads::One, lines(m.div_ceil(3), m.div_ceil(3) + 2)),
+                (1, 3, Threads::All, lines(m.min(32), 33)),
+                (0, 2, Threads::All, lines(m.min(20), 65)),
+            ];
+            for (part, terms, threads, rows) in cases {
                 let mut dst = start.clone();
                 let left: Vec<_> = (0..terms).map(|i| Mat::new(&a[i * m * a_rows..], a_rows)).collect();
-                product(m, &mut dst, dst_rows, &left, &b, part, threads);
+                product(rows, &mut dst, dst_rows, &left, &b, part, threads);
                 for (i, (&got, &before)) in dst.iter().zip(&start).enumerate() {
                     let (row, column) = (i / dst_rows, i % dst_rows);
-                    if column >= cout {
-                        assert_eq!(got, before, "column {column} is not of the result");
+                    if column >= cout || row >= rows.span() {
+                        assert_eq!(got, before, "row {row}, column {column} is not of the result");
+                        continue;
+                    }
+                    if row % rows.pitch >= rows.width {
                         continue;
                     }
                     let x = |term: usize, j: usize| round(x[(term * m + row) * a_rows + j]);
