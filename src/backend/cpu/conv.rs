@@ -447,13 +447,14 @@ mod tests {
     use super::*;
     use crate::rng::{Purpose, Stream};
 
+    fn noise(len: usize, image: u64) -> Vec<f32> {
+        let mut values = vec![0f32; len];
+        Stream::new(1, Purpose::Init, image).normals(&mut values);
+        values
+    }
+
     #[test]
     fn an_image_does_not_depend_on_its_batch() {
-        let noise = |len, image| {
-            let mut values = vec![0f32; len];
-            Stream::new(1, Purpose::Init, image).normals(&mut values);
-            values
-        };
         let pool = Arc::default();
         for [h, w] in [[1, 1], [2, 1], [4, 4], [8, 8], [40, 24]] {
             for (c, cout, taps) in [(128, 64, 9), (256, 64, 9), (600, 16, 9), (600, 64, 1), (130, 130, 9), (5, 3, 9)] {
@@ -477,6 +478,67 @@ mod tests {
                     let what = format!("{h}x{w}, {c} to {cout} channels, {taps} taps, narrow {narrow}");
                     assert_eq!(differing, 0, "values of {} at {what}", alone.len());
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_band_after_another_holds_what_it_would_alone() {
+        let shape @ [n, h, w, c] = [3, 12, 6, 2];
+        for reach in [Reach::Point, Reach::Same, Reach::Double, Reach::Down, Reach::Halve] {
+            let window = reach.window();
+            let rows = n * h / window.stride;
+            for height in 1..=rows {
+                let bands: Vec<_> = (0..rows)
+                    .step_by(height)
+                    .map(|first| Band::new(shape, window, first, height.min(rows - first)))
+                    .collect();
+                let most = bands.iter().map(Band::len).max().unwrap();
+                let mut values = vec![-1; most];
+                let mut held = None;
+                for band in &bands {
+                    let read = |row: usize, dst: &mut [i32]| {
+                        dst.iter_mut().enumerate().for_each(|(i, x)| *x = (row * w * c + i) as i32 + 1);
+                    };
+                    let mut alone = vec![-2; band.len()];
+                    band.fill(&mut alone, None, Threads::All, 0, read);
+                    band.fill(&mut values, held, Threads::One, 0, read);
+                    assert_eq!(values[..band.len()], alone, "{reach:?}, {height} rows at a time");
+                    held = Some(band);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_image_does_not_depend_on_the_threads() {
+        let (shape @ [n, h, w, c], cout) = ([2, 96, 40, 256], 128);
+        let (weight, x) = (noise(9 * c * cout, 9), noise(n * h * w * c, 10));
+        let read = |row: usize, pixel: usize, dst: &mut [f32]| {
+            dst.copy_from_slice(&x[(row * w + pixel) * c..][..dst.len()]);
+        };
+        for narrow in [false, bf16::is_available()] {
+            let mut filter = Filter::new(&weight, cout, Reach::Same.window());
+            let packed = filter.pack().filter(|_| narrow);
+            filter.packed = packed.as_ref();
+            let on = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let mut out = vec![0.0; n * h * w * cout];
+                let rows = ImageRows { shape, read: &read };
+                pool.install(|| conv(&Arc::default(), rows, filter, &mut out, |_, y, out| out.copy_from_slice(y)));
+                out
+            };
+            let bands = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let cut = pool.install(|| Cut::new(n * h, w, narrow.then_some(2 * c + 4 * cout)));
+                (cut.strip.div_ceil(cut.band), cut.threads == Threads::All)
+            };
+            // Several bands after each other; strips of one; one band, whose stages are spread over the threads.
+            assert_eq!([bands(1), bands(3), bands(64)], [(2, false), (1, false), (1, true)]);
+            let one = on(1);
+            for threads in [3, 64] {
+                let differing = on(threads).iter().zip(&one).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+                assert_eq!(differing, 0, "values of {} on {threads} threads, narrow {narrow}", one.len());
             }
         }
     }
