@@ -15,10 +15,10 @@
 //! (nearest neighbour) sees 2x2 pixels of the original, each through the sum of the taps that fall on it: four products
 //! with 2x2 kernels, one for each place in the enlarged pixel.
 //!
-//! Cost: 9 C Cout multiply-adds a result (1x1: C Cout; enlarged: 4 C Cout), 1 in w+1 of them wasted on the zero pixel.
+//! Cost: 9 C Cout multiply-adds a result (1x1: C Cout; enlarged: 4 C Cout), up to 1 in w+1 of them wasted on the zero pixel.
 //! The work is cut into bands of image rows, so that a band's input and results stay in cache. Several of them after each
-//! other are a strip, the work of one thread: what two of them see is read once. A layer of few pixels is one band, and
-//! each of its stages is spread over the threads.
+//! other are a strip, the work of one thread: with stride 1, what two of them see is read once. A layer of few pixels is
+//! one band, and each of its stages is spread over the threads.
 
 use super::bf16::{self, Packed, Rows};
 use super::tensor::{Halves, Pool, Tensor};
@@ -31,8 +31,8 @@ use std::sync::Arc;
 /// Pixels of a band. Its input (some hundred channels) fits the L2 cache of one core.
 const BAND_PIXELS: usize = 1024;
 
-/// Bytes that a band's input in bfloat16 and its results may take: beside the weights of some columns they fit the L2 cache
-/// of one core.
+/// Bytes that a band's input in bfloat16 and its results may take. With the weights of some columns, 0.3 MB for 256
+/// channels, that is half of the L2 cache of a Xeon with AMX, which is where it was measured.
 const PACKED_BAND_BYTES: usize = 768 << 10;
 
 /// Strips of a convolution for each thread. With more of them the threads end at about the same time, with fewer the rows
@@ -126,7 +126,7 @@ impl Band {
         (line % stride * self.lines.div_ceil(stride) + line / stride) * self.pitch
     }
 
-    /// The row that lies at place number `place`.
+    /// The row of the band that lies at place number `place`: the inverse of [`Self::line`], in rows.
     fn line_at(&self, place: usize) -> usize {
         let evens = self.lines.div_ceil(self.window.stride);
         place % evens * self.window.stride + place / evens
@@ -138,8 +138,8 @@ impl Band {
         (self.lines * self.pitch + gap(self.window) + self.window.stride) * channels
     }
 
-    /// Fills `values`; `read` writes an image row. Of the band that `values` hold so far, if any, those rows are kept that
-    /// this one has too.
+    /// Fills `values`; `read` writes an image row. `values` may hold a band of the same convolution that began no later:
+    /// with stride 1, the rows that this one has too are kept.
     fn fill<E: Copy + Send + Sync>(
         &self,
         values: &mut [E],
@@ -150,6 +150,7 @@ impl Band {
     ) {
         let ([n, height, w, channels], before) = (self.shape, self.window.before);
         let (gap, line) = (gap(self.window), self.pitch * channels);
+        debug_assert!(held.is_none_or(|held| held.top <= self.top), "bands follow each other");
         let kept = match held {
             Some(held) if self.window.stride == 1 => {
                 let first = (self.top - held.top).min(held.lines);
@@ -247,17 +248,20 @@ struct Cut {
 }
 
 impl Cut {
-    /// `rows` rows of `width` results; `pixel` bytes of a band for each of these, if its products are in bfloat16.
-    fn new(rows: usize, width: usize, pixel: Option<usize>) -> Self {
+    /// For `rows` rows of `width` pixels in the smaller of image and result. `narrow` if the products are in bfloat16.
+    fn new(rows: usize, width: usize, [c, cout]: [usize; 2], window: Window, narrow: bool) -> Self {
+        let Window { stride, scale, .. } = window;
+        // Bytes of the band and the results.
+        let pixel = 2 * c * stride * stride + 4 * cout * scale * scale;
         let threads = rayon::current_num_threads();
         if rows * width < threads * MIN_PIXELS {
             return Self { strip: rows, band: rows, threads: Threads::All };
         }
-        let pixels = pixel.map_or(BAND_PIXELS, |bytes| PACKED_BAND_BYTES / bytes);
+        let pixels = if narrow { (PACKED_BAND_BYTES / pixel).max(1) } else { BAND_PIXELS };
         // As many for each thread, of about the same height.
         let bands = (rows * width).div_ceil(pixels).next_multiple_of(threads);
         let band = rows.div_ceil(bands);
-        Self { strip: band * (bands / (threads * STRIPS)).max(1), band, threads: Threads::One }
+        Self { strip: rows.div_ceil(threads * STRIPS).next_multiple_of(band), band, threads: Threads::One }
     }
 }
 
@@ -281,8 +285,7 @@ pub fn conv<T: Real>(
     if total * w == 0 {
         return;
     }
-    let pixel = 2 * c * stride * stride + 4 * cout * scale * scale;
-    let Cut { strip, band: height, threads } = Cut::new(total, w, packed.map(|_| pixel));
+    let Cut { strip, band: height, threads } = Cut::new(total, w, [c, cout], window, packed.is_some());
     let (per_row, k) = (out.len() / total, c * side);
     let block = k.div_ceil(k.div_ceil(MAX_SUM));
     let compute = |band: &Band, data: &Data<T>, first: usize, count: usize, out: &mut [T]| {
@@ -482,63 +485,120 @@ mod tests {
         }
     }
 
+    const REACHES: [Reach; 5] = [Reach::Point, Reach::Same, Reach::Double, Reach::Down, Reach::Halve];
+
+    /// Runs `f` on so many threads.
+    fn on<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(f)
+    }
+
     #[test]
     fn a_band_after_another_holds_what_it_would_alone() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
         let shape @ [n, h, w, c] = [3, 12, 6, 2];
-        for reach in [Reach::Point, Reach::Same, Reach::Double, Reach::Down, Reach::Halve] {
+        for reach in REACHES {
             let window = reach.window();
-            let rows = n * h / window.stride;
+            let (rows, gap) = (n * h / window.stride, gap(window));
             for height in 1..=rows {
-                let bands: Vec<_> = (0..rows)
-                    .step_by(height)
-                    .map(|first| Band::new(shape, window, first, height.min(rows - first)))
-                    .collect();
-                let most = bands.iter().map(Band::len).max().unwrap();
-                let mut values = vec![-1; most];
+                let firsts = (0..rows).step_by(height);
+                let bands: Vec<_> =
+                    firsts.map(|first| Band::new(shape, window, first, height.min(rows - first))).collect();
+                let mut values = vec![-1; bands.iter().map(Band::len).max().unwrap()];
                 let mut held = None;
+                let reads = AtomicUsize::new(0);
                 for band in &bands {
-                    let read = |row: usize, dst: &mut [i32]| {
+                    band.fill(&mut values, held, Threads::One, 0, |row, dst| {
+                        reads.fetch_add(1, Ordering::Relaxed);
                         dst.iter_mut().enumerate().for_each(|(i, x)| *x = (row * w * c + i) as i32 + 1);
-                    };
-                    let mut alone = vec![-2; band.len()];
-                    band.fill(&mut alone, None, Threads::All, 0, read);
-                    band.fill(&mut values, held, Threads::One, 0, read);
-                    assert_eq!(values[..band.len()], alone, "{reach:?}, {height} rows at a time");
+                    });
+                    // Row by row, where `line` says that it is.
+                    for i in 0..band.lines {
+                        assert_eq!(band.line_at(band.line(i) / band.pitch), i);
+                        let row = band.top + i;
+                        let (image, y) = (row / (h + gap), (row % (h + gap)).wrapping_sub(window.before));
+                        let line = &values[band.line(i) * c..][..band.pitch * c];
+                        for (j, &x) in line.iter().enumerate() {
+                            let inside = (window.before * c..(window.before + w) * c).contains(&j);
+                            let at = ((image * h).wrapping_add(y) * w * c).wrapping_add(j)
+                                - window.before * c * usize::from(inside);
+                            let want = if inside && image < n && y < h { at as i32 + 1 } else { 0 };
+                            assert_eq!(x, want, "{reach:?}, {height} rows at a time, row {row}, value {j}");
+                        }
+                    }
+                    assert!(values[band.lines * band.pitch * c..band.len()].iter().all(|&x| x == 0));
                     held = Some(band);
+                }
+                if window.stride == 1 {
+                    assert_eq!(reads.into_inner(), n * h, "{reach:?}, {height} rows at a time: each is read once");
                 }
             }
         }
     }
 
     #[test]
-    fn an_image_does_not_depend_on_the_threads() {
-        let (shape @ [n, h, w, c], cout) = ([2, 96, 40, 256], 128);
-        let (weight, x) = (noise(9 * c * cout, 9), noise(n * h * w * c, 10));
-        let read = |row: usize, pixel: usize, dst: &mut [f32]| {
-            dst.copy_from_slice(&x[(row * w + pixel) * c..][..dst.len()]);
-        };
-        for narrow in [false, bf16::is_available()] {
-            let mut filter = Filter::new(&weight, cout, Reach::Same.window());
-            let packed = filter.pack().filter(|_| narrow);
-            filter.packed = packed.as_ref();
-            let on = |threads: usize| {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                let mut out = vec![0.0; n * h * w * cout];
-                let rows = ImageRows { shape, read: &read };
-                pool.install(|| conv(&Arc::default(), rows, filter, &mut out, |_, y, out| out.copy_from_slice(y)));
-                out
+    fn the_rows_are_shared_out_evenly() {
+        for threads in [1, 2, 3, 16] {
+            for (rows, width, c, cout) in
+                [(704, 512, 128, 128), (88, 1408, 256, 256), (1024, 352, 256, 256), (90, 64, 512, 512)]
+            {
+                for (reach, narrow) in REACHES.iter().flat_map(|&reach| [(reach, false), (reach, true)]) {
+                    let cut = on(threads, || Cut::new(rows, width, [c, cout], reach.window(), narrow));
+                    let strips = rows.div_ceil(cut.strip);
+                    let bands = rows.div_ceil(cut.band);
+                    if cut.threads == Threads::All {
+                        assert_eq!((strips, bands), (1, 1));
+                        assert!(rows * width < threads * MIN_PIXELS);
+                        continue;
+                    }
+                    let what = format!("{threads} threads, {rows}x{width}, {c} to {cout}, {reach:?}, narrow {narrow}");
+                    assert!(
+                        strips >= (threads * STRIPS).min(bands) / 2 && strips <= threads * STRIPS,
+                        "{strips}: {what}"
+                    );
+                    assert_eq!(cut.strip % cut.band, 0, "{what}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_convolution_does_not_depend_on_the_threads() {
+        for (reach, [n, h, w, c], cout) in [
+            (Reach::Same, [2, 90, 40, 256], 128),
+            (Reach::Point, [2, 90, 40, 256], 128),
+            (Reach::Double, [2, 62, 32, 192], 64),
+            (Reach::Down, [2, 180, 64, 96], 64),
+            (Reach::Halve, [2, 180, 64, 96], 64),
+        ] {
+            let window = reach.window();
+            let side = window.side * window.scale;
+            let (weight, x) = (noise(side * side * c * cout, 9), noise(n * h * w * c, 10));
+            let read = |row: usize, pixel: usize, dst: &mut [f32]| {
+                dst.copy_from_slice(&x[(row * w + pixel) * c..][..dst.len()]);
             };
-            let bands = |threads: usize| {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                let cut = pool.install(|| Cut::new(n * h, w, narrow.then_some(2 * c + 4 * cout)));
-                (cut.strip.div_ceil(cut.band), cut.threads == Threads::All)
-            };
-            // Several bands after each other; strips of one; one band, whose stages are spread over the threads.
-            assert_eq!([bands(1), bands(3), bands(64)], [(2, false), (1, false), (1, true)]);
-            let one = on(1);
-            for threads in [3, 64] {
-                let differing = on(threads).iter().zip(&one).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
-                assert_eq!(differing, 0, "values of {} on {threads} threads, narrow {narrow}", one.len());
+            for narrow in [false, bf16::is_available()] {
+                let mut filter = Filter::new(&weight, cout, window);
+                let packed = filter.pack().filter(|_| narrow);
+                filter.packed = packed.as_ref();
+                let run = |threads: usize| {
+                    let mut out = vec![0.0; window.result([n, h, w, c], cout).iter().product()];
+                    let rows = ImageRows { shape: [n, h, w, c], read: &read };
+                    on(threads, || conv(&Arc::default(), rows, filter, &mut out, |_, y, out| out.copy_from_slice(y)));
+                    out
+                };
+                let cut = |threads: usize| {
+                    let (rows, width) = (n * h / window.stride, w / window.stride);
+                    let cut = on(threads, || Cut::new(rows, width, [c, cout], window, narrow));
+                    (cut.strip > cut.band, cut.threads == Threads::All)
+                };
+                let one = run(1);
+                let what = format!("{reach:?}, narrow {narrow}");
+                // Several bands after each other on one thread; one band, whose stages are spread over the threads.
+                assert_eq!((narrow && !cut(1).0, cut(64)), (false, (false, true)), "{what}");
+                for threads in [3, 64] {
+                    let differing = run(threads).iter().zip(&one).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+                    assert_eq!(differing, 0, "values of {} on {threads} threads, {what}", one.len());
+                }
             }
         }
     }

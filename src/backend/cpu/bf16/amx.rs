@@ -42,10 +42,11 @@ struct Sum {
     /// Rows that are summed at once are a group. The groups of a line, and those that are left in all lines.
     line_groups: u64,
     groups: u64,
-    /// Where on the left the group begins whose values are loaded next, and how many the line has from the one before on.
+    /// Where on the left the group begins whose values are loaded.
     a_group: u64,
+    /// Groups of a line that are left: from the one on whose values are loaded, and from the one on that is summed. The
+    /// former is ahead by the last step of a group.
     a_left: u64,
-    /// How many groups the line of the sums has left.
     dst_left: u64,
     /// From one group to the next, and from behind the last one of a line to the next line.
     a_groups: u64,

@@ -215,7 +215,7 @@ fn interleave(rows: [&[f32]; 2], to: &mut [u16]) {
 const MAX_TERMS: usize = 3;
 
 /// The rows of a product that are needed: `width` rows in each of some lines, which begin `pitch` rows apart.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Rows {
     /// How many lines there are.
     pub lines: usize,
@@ -265,16 +265,18 @@ struct Block {
 #[derive(Clone, Copy)]
 struct Target(*mut f32);
 
-// SAFETY: each thread writes rows and columns that no other one does.
+// SAFETY: no two threads write the same value.
 unsafe impl Sync for Target {}
 // SAFETY: as above.
 unsafe impl Send for Target {}
 
 /// Writes the sum over i of `a[i]` [m, k], whose rows are contiguous and equally far apart, times matrix `part + i` of
-/// `b` to `dst` [m, cout], whose rows are `dst_rows` values apart. Rows between the lines of `rows` get some value.
+/// `b` to `dst` [m, cout], whose rows are `dst_rows` values apart. Of the m rows, what lies between the lines of `rows`
+/// may be written or not.
 ///
 /// # Panics
-/// If there are none or more than three matrices on the left, or a slice is too short.
+/// If there are no lines, or they are empty or overlap; if there are none or more than three matrices on the left, or a
+/// slice is too short.
 pub fn product(
     rows: Rows,
     dst: &mut [f32],
@@ -292,13 +294,13 @@ pub fn product(
     let a_rows = a[0].rows;
     assert!(a.iter().all(|a| a.cols == 1 && a.rows == a_rows && last * a_rows + k <= a.data.len()));
     let dst = Target(dst.as_mut_ptr());
-    let rows = rows.cheaper(unit.rows());
     let blocks = cout.div_ceil(unit.columns());
-    // Some tasks for each thread: of columns and, where there are not enough of these, of lines or of a line's rows.
+    // Some tasks for each thread: of columns and, where there are not enough of these, of lines or rows.
     let parts = match threads {
         Threads::One => 1,
         Threads::All => (4 * rayon::current_num_threads()).div_ceil(blocks),
     };
+    let rows = if rows.lines < parts { Rows::all(rows.span()) } else { rows.cheaper(unit.rows()) };
     let few = match rows {
         Rows { lines: 1, width, .. } => Rows::all(width.div_ceil(parts).next_multiple_of(unit.rows())),
         Rows { lines, .. } => Rows { lines: lines.div_ceil(parts), ..rows },
@@ -359,7 +361,6 @@ mod tests {
 
     #[test]
     fn products_are_those_of_the_rounded_values() {
-        let round = |x: f32| f64::from(half::bf16::from_f32(x));
         let shapes = [
             (1, 2, 1),
             (6, 32, 64),
@@ -378,45 +379,64 @@ mod tests {
             eprintln!("skipped: no AVX-512 BF16");
         }
         for (&unit, (m, k, cout)) in Unit::all().iter().flat_map(|unit| shapes.map(|shape| (unit, shape))) {
-            if k % unit.step() != 0 {
-                continue;
+            for (part, terms, threads) in [(0, 1, Threads::One), (1, 3, Threads::All), (2, 2, Threads::One)] {
+                check(unit, Rows::all(m), [k, cout], part, terms, threads);
             }
-            let (a_rows, dst_rows, parts) = (k + 4, cout + 3, 4);
-            let (x, w) = (noise(3 * m * a_rows, 1), noise(parts * k * cout, 2));
-            let mut a = vec![0; x.len()];
-            narrow(&x, &mut a);
-            let b = Packed::for_unit(unit, &w, k, cout);
-            let start = noise(m * dst_rows, 3);
-            let lines = |width, pitch| Rows { lines: (m - width) / pitch + 1, width, pitch };
-            let cases = [
-                (0, 1, Threads::One, Rows::all(m)),
-                (1, 3, Threads::All, Rows::all(m)),
-                (2, 2, Threads::One, Rows::all(m)),
-                (1, 2, Threads::One, lines(m.div_ceil(3), m.div_ceil(3) + 2)),
-                (1, 3, Threads::All, lines(m.min(32), 33)),
-                (0, 2, Threads::All, lines(m.min(20), 65)),
-            ];
-            for (part, terms, threads, rows) in cases {
-                let mut dst = start.clone();
-                let left: Vec<_> = (0..terms).map(|i| Mat::new(&a[i * m * a_rows..], a_rows)).collect();
-                product(rows, &mut dst, dst_rows, &left, &b, part, threads);
-                for (i, (&got, &before)) in dst.iter().zip(&start).enumerate() {
-                    let (row, column) = (i / dst_rows, i % dst_rows);
-                    if column >= cout || row >= rows.span() {
-                        assert_eq!(got, before, "row {row}, column {column} is not of the result");
-                        continue;
+        }
+    }
+
+    #[test]
+    fn lines_are_computed_without_what_lies_between_them() {
+        let lines = |lines, width, pitch| Rows { lines, width, pitch };
+        // Whole groups of rows; whole ones and a part; a part alone, whose tiles reach beyond the next line's beginning.
+        for rows in
+            [lines(3, 64, 65), lines(2, 84, 97), lines(2, 20, 21), lines(3, 23, 24), lines(4, 18, 25), lines(1, 5, 7)]
+        {
+            for &unit in Unit::all() {
+                for (part, terms, cout) in [(0, 1, 40), (1, 3, 16), (2, 2, 130)] {
+                    check(unit, rows, [64, cout], part, terms, Threads::One);
+                    for threads in [1, 2, 16] {
+                        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                        pool.install(|| check(unit, rows, [64, cout], part, terms, Threads::All));
                     }
-                    if row % rows.pitch >= rows.width {
-                        continue;
-                    }
-                    let x = |term: usize, j: usize| round(x[(term * m + row) * a_rows + j]);
-                    let w = |term: usize, j: usize| round(w[((part + term) * k + j) * cout + column]);
-                    let want: f64 = (0..terms * k).map(|j| x(j / k, j % k) * w(j / k, j % k)).sum();
-                    // As many roundings to f32, of sums of about sqrt(k).
-                    let bound = (terms * k) as f64 * f64::from(f32::EPSILON) * ((terms * k) as f64).sqrt();
-                    assert!((f64::from(got) - want).abs() <= bound, "{unit:?} {m} {k} {cout}: {got}, not {want}");
                 }
             }
+        }
+        let kept = |rows: Rows, at_once| rows.cheaper(at_once).lines > 1;
+        assert!(kept(lines(3, 64, 65), 32) && kept(lines(2, 84, 97), 32) && kept(lines(3, 23, 24), 32));
+        assert!(kept(lines(4, 18, 25), 6) && !kept(lines(4, 13, 14), 6) && !kept(lines(9, 16, 17), 32));
+    }
+
+    /// Products of some shapes with parts of four matrices beside those of the rounded values in f64.
+    fn check(unit: Unit, rows: Rows, [k, cout]: [usize; 2], part: usize, terms: usize, threads: Threads) {
+        if k % unit.step() != 0 {
+            return;
+        }
+        let round = |x: f32| f64::from(half::bf16::from_f32(x));
+        let (m, a_rows, dst_rows, parts) = (rows.span(), k + 4, cout + 3, 4);
+        let (x, w) = (noise(3 * m * a_rows, 1), noise(parts * k * cout, 2));
+        let mut a = vec![0; x.len()];
+        narrow(&x, &mut a);
+        let b = Packed::for_unit(unit, &w, k, cout);
+        let start = noise((m + 1) * dst_rows, 3);
+        let mut dst = start.clone();
+        let left: Vec<_> = (0..terms).map(|i| Mat::new(&a[i * m * a_rows..], a_rows)).collect();
+        product(rows, &mut dst, dst_rows, &left, &b, part, threads);
+        for (i, (&got, &before)) in dst.iter().zip(&start).enumerate() {
+            let (row, column) = (i / dst_rows, i % dst_rows);
+            if column >= cout || row >= m {
+                assert_eq!(got, before, "row {row}, column {column} is not of the result");
+                continue;
+            }
+            if row % rows.pitch >= rows.width {
+                continue;
+            }
+            let x = |term: usize, j: usize| round(x[(term * m + row) * a_rows + j]);
+            let w = |term: usize, j: usize| round(w[((part + term) * k + j) * cout + column]);
+            let want: f64 = (0..terms * k).map(|j| x(j / k, j % k) * w(j / k, j % k)).sum();
+            // As many roundings to f32, of sums of about sqrt(k).
+            let bound = (terms * k) as f64 * f64::from(f32::EPSILON) * ((terms * k) as f64).sqrt();
+            assert!((f64::from(got) - want).abs() <= bound, "{unit:?} {rows:?} {k} {cout}: {got}, not {want}");
         }
     }
 }
