@@ -23,6 +23,8 @@ Examples:
       --preview taesd.safetensors
   edm2k serve --model 1girl-xs.safetensors --vae sd-vae-ft-mse.safetensors \\
       --tagger wd-swinv2-tagger-v3.onnx
+  edm2k serve --model edm2-img512-xs.safetensors --vae sd-vae-ft-mse.safetensors \\
+      --gnet edm2-img512-xs-uncond.safetensors --class-names imagenet.txt
   edm2k serve --runs runs --model runs/mine/snapshot-000200000-0.100.safetensors
   EDM2K_TOKEN=$(openssl rand -hex 16) edm2k serve --model emoji.safetensors --listen 0.0.0.0:7860")]
 pub struct ServeArgs {
@@ -35,6 +37,12 @@ pub struct ServeArgs {
     /// TAESD for live previews of latents [default: a linear map that is fitted to the --vae]
     #[arg(long, value_name = "FILE", requires = "vae")]
     preview: Option<PathBuf>,
+    /// Network to guide away from (autoguidance), for the models that it goes with [default: the model without its condition]
+    #[arg(long, value_name = "FILE")]
+    gnet: Option<PathBuf>,
+    /// Names of the classes of class-conditional models, a line for each, synonyms separated by commas
+    #[arg(long, value_name = "FILE")]
+    class_names: Option<PathBuf>,
     /// Made by `edm2k condition train`: invents and completes conditions
     #[arg(long, value_name = "FILE")]
     condition_model: Option<PathBuf>,
@@ -93,6 +101,8 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
         models: args.models,
         vae: args.vae,
         preview: args.preview,
+        guide: args.gnet,
+        class_names: args.class_names,
         condition_model: args.condition_model,
         tagger: args.tagger,
         tagger_node: args.tagger_node,

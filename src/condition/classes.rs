@@ -7,6 +7,7 @@
 //! let classes = Classes::new(["tench, Tinca tinca", "goldfish, Carassius auratus"]);
 //! assert_eq!(classes.find("Goldfish"), Ok(1));
 //! assert_eq!(classes.name(0), Some("tench, Tinca tinca"));
+//! assert_eq!(classes.label(2), "2");
 //! let unknown = classes.find("goldfisch").unwrap_err().to_string();
 //! assert_eq!(unknown, "unknown class \"goldfisch\", did you mean \"goldfish\"?");
 //! ```
@@ -16,6 +17,9 @@ use std::path::Path;
 
 use super::vocabulary::VocabularyError;
 use crate::formats::{At, input};
+
+/// Longest text that is compared with names.
+const LONGEST: usize = 200;
 
 /// Why a text names no class.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -75,6 +79,35 @@ impl Classes {
         self.lines.get(class).map(String::as_str)
     }
 
+    /// A text by which [`Classes::find`] finds this class: its line, or its number where another class has the same line.
+    pub fn label(&self, class: usize) -> String {
+        let line = self.name(class).filter(|line| !line.is_empty() && self.find(line) == Ok(class));
+        line.map_or_else(|| class.to_string(), String::from)
+    }
+
+    /// The classes that have a name like this text, at most `most`, the most alike first.
+    pub fn nearest(&self, text: &str, most: usize) -> Vec<usize> {
+        let mut classes = Vec::new();
+        for name in self.alike(text) {
+            let all = &self.named[name];
+            classes.extend(all.iter().filter(|class| !classes.contains(*class)).copied().collect::<Vec<_>>());
+        }
+        classes.truncate(most);
+        classes
+    }
+
+    /// Names like this text, in lower case, the most alike first.
+    fn alike(&self, text: &str) -> Vec<&String> {
+        if text.len() > LONGEST {
+            return Vec::new();
+        }
+        let text = text.to_lowercase();
+        let scored = self.named.keys().map(|name| (strsim::jaro_winkler(name, &text), name));
+        let mut scored: Vec<_> = scored.filter(|(score, _)| *score > 0.8).collect();
+        scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(b.1)));
+        scored.into_iter().map(|(_, name)| name).collect()
+    }
+
     /// The class of a number, of a whole line, or of one of a line's names.
     ///
     /// # Errors
@@ -91,11 +124,7 @@ impl Classes {
             Some([one]) => Ok(*one),
             Some(several) => Err(ClassError::Several { name, classes: several.into() }),
             None if self.is_empty() => Err(ClassError::NoNames(name)),
-            None => {
-                let score = |name: &String| strsim::jaro_winkler(name, &lower);
-                let best = self.named.keys().max_by(|a, b| score(a).total_cmp(&score(b)).then(b.cmp(a)));
-                Err(ClassError::Unknown { name, nearest: best.filter(|name| score(name) > 0.8).cloned() })
-            }
+            None => Err(ClassError::Unknown { name, nearest: self.alike(text).first().map(|name| (*name).clone()) }),
         }
     }
 }
@@ -118,5 +147,18 @@ mod tests {
         assert_eq!(refused(&classes, "zeppelin"), "unknown class \"zeppelin\"");
         assert_eq!(refused(&Classes::default(), "cat"), "\"cat\" is no number, and there are no names of classes");
         assert_eq!((classes.name(1), classes.name(4), classes.len()), (Some("goldfish"), None, 4));
+        assert_eq!(classes.nearest("cranes", 8), [2, 3]);
+        assert_eq!(classes.nearest("cranes", 1), [2]);
+        assert_eq!(classes.nearest(&"crane".repeat(100), 8), []);
+    }
+
+    #[test]
+    fn a_label_finds_its_class() {
+        let classes = Classes::new(["tench, Tinca tinca", "crane", "crane", "", "7", "tench"]);
+        let labels: Vec<_> = (0..7).map(|class| classes.label(class)).collect();
+        assert_eq!(labels, ["tench, Tinca tinca", "crane", "2", "3", "4", "tench", "6"]);
+        for (class, label) in labels.iter().enumerate() {
+            assert_eq!(classes.find(label), Ok(class));
+        }
     }
 }

@@ -125,10 +125,15 @@ impl ModelMeta {
         config.label_dim > 0 && self.cond_dropout == Some(0.0)
     }
 
+    /// Whether conditions, if the network takes some, are classes for all that the file says: neither features nor tags.
+    pub fn is_of_classes(&self) -> bool {
+        self.conditioning == Conditioning::Tags && self.vocabulary.is_empty()
+    }
+
     /// What the conditions mean. A network of which only the config is known is not known to be conditioned by tags.
     pub fn meaning(&self) -> Meaning {
-        let unsaid = self.conditioning == Conditioning::Tags && self.vocabulary.is_empty();
-        Meaning { conditioning: (!unsaid).then(|| self.conditioning.clone()), tags: self.vocabulary.clone() }
+        let said = (!self.is_of_classes()).then(|| self.conditioning.clone());
+        Meaning { conditioning: said, tags: self.vocabulary.clone() }
     }
 
     /// The tags of its conditions. Their counts are not known here.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf, absolute};
 use serde_json::{Map, Value, json};
 
 use super::{Domain, Mismatch, Pipeline, learned_from};
+use crate::condition::classes::{ClassError, Classes};
 use crate::condition::prompt::Prompt;
 use crate::condition::tagger::Tagger;
 use crate::condition::vae::{Vae, VaeError};
@@ -148,7 +149,7 @@ pub enum ConditionError {
     #[error("{}: its conditions are tags, not classes", model.display())]
     ClassOfTags { model: PathBuf },
     #[error("{}: class {class}, expected 0 to {}", model.display(), classes - 1)]
-    Class { model: PathBuf, class: usize, classes: usize },
+    NoSuchClass { model: PathBuf, class: usize, classes: usize },
     #[error("the weighted sum of these conditions is zero")]
     Nothing,
     #[error("one of two conditions has a negative and the other none, expected both or neither")]
@@ -169,6 +170,8 @@ pub enum ConditionError {
     Meaning { path: PathBuf, why: String },
     #[error("{0}")]
     Mismatch(#[from] Mismatch),
+    #[error("{0}")]
+    Class(#[from] ClassError),
     #[error("{0}")]
     Vocabulary(#[from] VocabularyError),
     #[error("{0}")]
@@ -353,22 +356,28 @@ impl Pipeline {
         Err(ConditionError::NoSuchId { dataset: dir.into(), id })
     }
 
-    /// The condition of a class: one-hot.
+    /// Takes names for the classes of a class-conditional model. Those of another number of classes than it has are taken
+    /// with a warning.
     ///
     /// # Errors
-    /// [`ConditionError`]: a model of other conditions, or of fewer classes.
-    pub fn class(&self, class: usize) -> Result<Condition> {
-        let classes = self.width()?;
-        let (model, made_of) = (self.path.clone(), &self.meta.conditioning);
-        if let Conditioning::Features { .. } = made_of {
-            return Err(ConditionError::NotClasses { model, made_of: made_of.clone().into() });
+    /// [`ConditionError`]: the file cannot be read, or the model's conditions are no classes.
+    pub fn with_class_names(mut self, path: impl AsRef<Path>) -> Result<Self> {
+        let (classes, path) = (self.classes()?, path.as_ref());
+        self.class_names = Classes::load(path)?;
+        let found = self.class_names.len();
+        if found != classes {
+            self.warnings.push(format!("{}: {found} classes, but the model has {classes}", path.display()));
         }
-        if !self.meta.vocabulary.is_empty() {
-            return Err(ConditionError::ClassOfTags { model });
-        }
-        let mut values = vec![0.0; classes];
-        *values.get_mut(class).ok_or(ConditionError::Class { model, class, classes })? = 1.0;
-        Ok(Condition::new(values, [("class", class.into())]))
+        Ok(self)
+    }
+
+    /// The condition of a class: one-hot. `class` is its number, or a name that [`Pipeline::with_class_names`] brought.
+    ///
+    /// # Errors
+    /// [`ConditionError`]: a model of other conditions, or no class of it.
+    pub fn class(&self, class: &str) -> Result<Condition> {
+        self.classes()?;
+        self.one_hot(self.class_names.find(class)?)
     }
 
     /// The condition of a class that is drawn by `seed`.
@@ -376,7 +385,36 @@ impl Pipeline {
     /// # Errors
     /// As [`Pipeline::class`].
     pub fn any_class(&self, seed: u64) -> Result<Condition> {
-        self.class(Stream::new(seed, Purpose::Class, 0).below(self.width()?))
+        self.one_hot(Stream::new(seed, Purpose::Class, 0).below(self.classes()?))
+    }
+
+    /// The condition of a text: a class of a class-conditional model, tags of any other.
+    ///
+    /// # Errors
+    /// As [`Pipeline::class`] and [`Pipeline::tags`].
+    pub fn tags_or_class(&self, text: &str, seed: u64) -> Result<Condition> {
+        if self.meta.is_of_classes() { self.class(text) } else { self.tags(text, seed) }
+    }
+
+    fn one_hot(&self, class: usize) -> Result<Condition> {
+        let (model, classes) = (self.path.clone(), self.classes()?);
+        let mut values = vec![0.0; classes];
+        *values.get_mut(class).ok_or(ConditionError::NoSuchClass { model, class, classes })? = 1.0;
+        let condition = Condition::new(values, [("class", class.into())]);
+        Ok(match self.class_names.name(class) {
+            Some(name) => condition.named("name", name),
+            None => condition,
+        })
+    }
+
+    /// How many classes the model knows.
+    fn classes(&self) -> Result<usize> {
+        let (classes, model, made_of) = (self.width()?, self.path.clone(), &self.meta.conditioning);
+        match made_of {
+            Conditioning::Features { .. } => Err(ConditionError::NotClasses { model, made_of: made_of.clone().into() }),
+            Conditioning::Tags if !self.meta.is_of_classes() => Err(ConditionError::ClassOfTags { model }),
+            Conditioning::Tags => Ok(classes),
+        }
     }
 
     /// The empty condition, for an image that has a negative prompt only.

@@ -42,6 +42,7 @@ pub use viewer::Viewer;
 
 use crate::backend::{BackendError, NetworkBackend};
 use crate::codec::{CodecError, CodecFile, LATENTS};
+use crate::condition::classes::Classes;
 use crate::condition::tagger::Tagger;
 use crate::condition::vae::Vae;
 use crate::device::{Backends, Device, Work};
@@ -98,8 +99,6 @@ pub enum PipelineError {
     UnusedNegative,
     #[error("{} guides and takes no condition, so a negative does nothing", guide.display())]
     NegativeOfGuide { guide: PathBuf },
-    #[error("{} does nothing at guidance 1, which leads away from nothing", guide.display())]
-    UnusedGuide { guide: PathBuf },
     #[error("{0}")]
     Backend(#[from] BackendError),
     #[error("latents have no picture")]
@@ -129,6 +128,7 @@ pub struct Pipeline {
     codec: Option<PathBuf>,
     viewer: Option<Viewer>,
     preview: Option<Viewer>,
+    class_names: Classes,
     inventor: Option<(PathBuf, Vae)>,
     tagger: Option<Tagger>,
     warnings: Vec<String>,
@@ -157,13 +157,15 @@ impl Pipeline {
             codec: None,
             viewer: pixels.then_some(Viewer::PIXELS),
             preview: None,
+            class_names: Classes::default(),
             inventor: None,
             tagger: None,
             warnings,
         })
     }
 
-    /// Takes another network to guide away from (autoguidance); without one, it is the model without its condition.
+    /// Takes another network to guide away from (autoguidance); without one, it is the model without its condition. At
+    /// guidance 1 it is not needed.
     ///
     /// # Errors
     /// [`PipelineError::Model`]; or [`PipelineError::Mismatch`] if that network is for other images or conditions.
@@ -317,13 +319,10 @@ impl Pipeline {
         config.check_size(size[0], size[1]).map_err(SampleError::from)?;
         request.check_counts(config.label_dim, size[0] * size[1] * config.img_channels)?;
         let (negative, guided) = (request.has_negative(), request.sampler.guidance != 1.0);
-        match self.guide.clone() {
-            Some(guide) if !guided => return Err(PipelineError::UnusedGuide { guide }),
-            Some(guide) if negative && !self.guide_is_conditional => {
-                return Err(PipelineError::NegativeOfGuide { guide });
-            }
-            None if negative && !guided => return Err(PipelineError::UnusedNegative),
-            _ => {}
+        match self.guide.clone().filter(|_| negative && !self.guide_is_conditional) {
+            _ if negative && !guided => return Err(PipelineError::UnusedNegative),
+            Some(guide) => return Err(PipelineError::NegativeOfGuide { guide }),
+            None => {}
         }
         let images = request.seeds.len().min(request.batch);
         check_forward(&self.device, config, size, images, request.sampler.copies(self.guide.is_none()))?;
@@ -375,7 +374,8 @@ impl Pipeline {
         if let Some(from) = &request.from {
             all["from"] = from.name.clone().into();
         }
-        for (key, path) in [("gnet", &self.guide), ("vae", &self.codec)] {
+        let guide = self.guide.as_ref().filter(|_| request.sampler.guidance != 1.0);
+        for (key, path) in [("gnet", guide), ("vae", self.codec.as_ref())] {
             if let Some(path) = path {
                 all[key] = name(path).into();
             }

@@ -1,6 +1,7 @@
 //! The part of the API of AUTOMATIC1111's Stable Diffusion web UI that its clients use, under /sdapi/v1.
 //!
-//! Prompt and negative prompt are tags, weighed as in that web UI; an unknown one is an error that names its neighbours.
+//! Prompt and negative prompt are tags, weighed as in that web UI; an unknown one is an error that names its neighbours. Of a
+//! class-conditional model each is a class.
 //! What this engine does not have (upscaling, and so on) is ignored, as that web UI ignores unknown fields, and named in the
 //! answer's `info`.
 
@@ -131,7 +132,12 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
     });
     let last = first.saturating_add(images as u64 - 1);
     let side = |pixels: Option<usize>| pixels.map(|pixels| pixels.div_ceil(offer.factor));
-    let has_tags = asked.prompt.split(',').any(|tag| !tag.trim().is_empty());
+    let prompt = || vec![asked.prompt.trim().to_owned()];
+    let (tags, classes) = match asked.prompt.split(',').any(|tag| !tag.trim().is_empty()) {
+        false => (Vec::new(), Vec::new()),
+        true if offer.classes.is_some() => (Vec::new(), prompt()),
+        true => (prompt(), Vec::new()),
+    };
     let usual = SamplerConfig::default();
     let (solver, guidance) = (solver(sampler_name)?, asked.cfg_scale.unwrap_or(usual.guidance));
     let config = SamplerConfig { solver, steps: asked.steps, guidance, ..usual };
@@ -139,7 +145,8 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
     let unguided = asked.cfg_scale == Some(1.0);
     let wanted = RequestBody {
         model: Some(offer.name.clone()),
-        tags: if has_tags { vec![asked.prompt.clone()] } else { Vec::new() },
+        tags,
+        classes,
         negative: if unguided { String::new() } else { asked.negative_prompt.clone() },
         seeds: Some(format!("{first}-{last}")),
         width: side(asked.width),

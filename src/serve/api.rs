@@ -23,6 +23,7 @@ use super::queue::{Job, JobView, Stage};
 use super::request::{CheckedRequest, MAX_AREA, MAX_IMAGES, MAX_WORK, Offer, Refusal, RequestBody, Tags};
 use super::runs::{Run, Stats};
 use super::{Runs, Server};
+use crate::condition::vocabulary::Tag;
 
 /// Largest body of a request.
 const MAX_BODY: usize = 24 << 20;
@@ -34,6 +35,8 @@ const MAX_SESSION: usize = 1 << 12;
 const BODY_SECONDS: u64 = 30;
 /// Least time between two events of a job. Nobody would see more.
 const EVENTS: Duration = Duration::from_millis(40);
+/// How many tags like a text are shown.
+const NEAREST: usize = 8;
 /// The description of this API.
 pub const OPENAPI: &str = include_str!("openapi.json");
 
@@ -137,6 +140,7 @@ async fn session(
 async fn server(State(app): App) -> Json<Value> {
     Json(json!({
         "version": env!("CARGO_PKG_VERSION"),
+        "started": app.started,
         "device": app.device,
         "batch": app.batch,
         "runs": app.runs.is_some(),
@@ -153,9 +157,11 @@ struct ModelView<'a> {
     multiple: usize,
     factor: usize,
     tags: Tags,
+    classes: usize,
     like: bool,
     invents: bool,
     guided: bool,
+    gnet: Option<&'a str>,
     images_seen: u64,
     source: &'a str,
     licence: &'a str,
@@ -170,9 +176,11 @@ impl<'a> From<&'a Offer> for ModelView<'a> {
             multiple: 1 << (offer.config.channel_mult.len() - 1),
             factor: offer.factor,
             tags: offer.tags,
+            classes: offer.classes.as_ref().map_or(0, |_| offer.config.label_dim),
             like: offer.like,
             invents: offer.invents,
             guided: offer.guided(),
+            gnet: offer.guide.as_ref().map(|guide| &*guide.name),
             images_seen: offer.meta.images_seen,
             source: &offer.meta.source,
             licence: &offer.meta.licence,
@@ -195,19 +203,26 @@ async fn models(State(app): App, Query(of): Query<OfModel>) -> Result<Response, 
     Ok(Json(offers.iter().map(|offer| ModelView::from(&**offer)).collect::<Vec<_>>()).into_response())
 }
 
-/// All tags of a model, or those like a text.
+/// All tags of a model, or those like a text; of a class-conditional one the classes.
 async fn vocabulary(State(app): App, Query(of): Query<OfModel>) -> Result<Response, Refusal> {
     let offer = app.offer(of.model).await?;
-    let all = offer.vocabulary.tags();
-    // A vocabulary from a model's file has no counts.
-    let counted = all.iter().any(|tag| tag.count > 0);
-    let shown = |name: &str, count: u64| json!({"tag": name, "count": counted.then_some(count)});
-    let tags: Vec<Value> = match of.near {
-        None => all.iter().map(|tag| shown(&tag.tag, tag.count)).collect(),
-        Some(text) => {
-            let near = offer.vocabulary.nearest(&text.chars().take(100).collect::<String>(), 8);
-            let place = |name: &str| offer.vocabulary.get(name).and_then(|place| all.get(place as usize));
-            near.iter().filter_map(|name| place(name)).map(|tag| shown(&tag.tag, tag.count)).collect()
+    let near = of.near.map(|text| text.chars().take(100).collect::<String>());
+    let tags: Vec<Value> = match &offer.classes {
+        Some(names) => {
+            let all = || (0..offer.config.label_dim).collect();
+            let classes: Vec<usize> = near.map_or_else(all, |text| names.nearest(&text, NEAREST));
+            classes.into_iter().map(|class| json!({"tag": names.label(class), "count": null})).collect()
+        }
+        None => {
+            let all = offer.vocabulary.tags();
+            // A vocabulary from a model's file has no counts.
+            let counted = all.iter().any(|tag| tag.count > 0);
+            let shown = |tag: &Tag| json!({"tag": tag.tag, "count": counted.then_some(tag.count)});
+            let place = |name: &String| all.get(offer.vocabulary.get(name)? as usize);
+            match near.map(|text| offer.vocabulary.nearest(&text, NEAREST)) {
+                None => all.iter().map(shown).collect(),
+                Some(near) => near.iter().filter_map(place).map(shown).collect(),
+            }
         }
     };
     Ok(Json(json!({"model": offer.name, "tags": tags})).into_response())
@@ -219,11 +234,10 @@ struct OfText {
     text: String,
 }
 
-/// The tags of a prompt with their weights.
+/// The tags of a prompt with their weights, or the class that it names.
 async fn prompt(State(app): App, Query(OfText { model, text }): Query<OfText>) -> Answer<Value> {
     let offer = app.offer(model).await?;
-    let read = offer.prompt(&text)?;
-    let tags = read.tags().iter().map(|&(tag, weight)| json!({"tag": offer.vocabulary.tag(tag), "weight": weight}));
+    let tags = offer.read(&text)?.into_iter().map(|(tag, weight)| json!({"tag": tag, "weight": weight}));
     Ok(Json(json!({"model": offer.name, "tags": tags.collect::<Vec<_>>()})))
 }
 

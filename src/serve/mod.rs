@@ -55,7 +55,7 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::http::Uri;
@@ -71,8 +71,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use crate::Device;
 use crate::codec::{CodecError, CodecFile};
 use crate::condition::Conditioning;
+use crate::condition::classes::Classes;
 use crate::condition::vae::{Vae, VaeError};
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
+use crate::formats::fingerprint::name;
 use crate::formats::{DirLock, LockError};
 use crate::model::{ImageSpace, ModelError, ModelFile};
 use crate::pipeline::{Domain, PipelineError};
@@ -80,7 +82,7 @@ use crate::system;
 
 use guard::{Guard, Unsafe};
 use queue::{Capacity, Queue};
-use request::{Offer, Refusal, Tags};
+use request::{Guide, Offer, Refusal, Tags};
 use runs::Runs;
 
 /// Connections at a time. More of them wait in the system's own queue, until that is full.
@@ -93,12 +95,13 @@ const LAST_SECONDS: u64 = 3;
 const SNAPSHOTS: usize = 16;
 
 /// The page: paths, kinds and contents.
-const PAGE: [(&str, &str, &str); 9] = [
+const PAGE: [(&str, &str, &str); 10] = [
     ("/", "text/html; charset=utf-8", include_str!("page/index.html")),
     ("/style.css", "text/css; charset=utf-8", include_str!("page/style.css")),
     ("/icon.svg", "image/svg+xml", include_str!("page/icon.svg")),
     ("/app.js", "text/javascript; charset=utf-8", include_str!("page/app.js")),
     ("/server.js", "text/javascript; charset=utf-8", include_str!("page/server.js")),
+    ("/store.js", "text/javascript; charset=utf-8", include_str!("page/store.js")),
     ("/draw.js", "text/javascript; charset=utf-8", include_str!("page/draw.js")),
     ("/tags.js", "text/javascript; charset=utf-8", include_str!("page/tags.js")),
     ("/png.js", "text/javascript; charset=utf-8", include_str!("page/png.js")),
@@ -114,6 +117,10 @@ pub struct Files {
     pub vae: Option<PathBuf>,
     /// TAESD for previews of their latents.
     pub preview: Option<PathBuf>,
+    /// Network that guides those models that it goes with (autoguidance).
+    pub guide: Option<PathBuf>,
+    /// Names of the classes of class-conditional models.
+    pub class_names: Option<PathBuf>,
     /// Model of conditions.
     pub condition_model: Option<PathBuf>,
     /// Tagger for models of its features.
@@ -163,6 +170,8 @@ pub enum ServeError {
     #[error("{0}")]
     Model(#[from] ModelError),
     #[error("{0}")]
+    ClassNames(#[from] VocabularyError),
+    #[error("{0}")]
     ConditionModel(#[from] VaeError),
     #[error("{0}")]
     Codec(#[from] CodecError),
@@ -184,6 +193,8 @@ struct Server {
     chosen: AtomicUsize,
     device: String,
     batch: usize,
+    /// Milliseconds from 1970 to its start: another server counts its jobs anew.
+    started: u64,
 }
 
 /// What tells a file from another that had its name: its length, and when it was put there.
@@ -221,22 +232,42 @@ fn without_path(error: &dyn std::fmt::Display, path: &Path, name: &str) -> Strin
 struct Shelf {
     /// Pixels for each value of latents.
     factor: Option<usize>,
+    /// The network that guides, and what it works on.
+    guide: Option<(Guide, Domain)>,
+    class_names: Classes,
     condition_model: Option<(Domain, Vocabulary)>,
     tagger: bool,
+}
+
+/// Why what is on the shelf does not suit a model.
+#[derive(Default)]
+struct Misfits {
+    guide: Option<String>,
+    condition_model: Option<String>,
 }
 
 impl Shelf {
     fn new(files: &Files) -> Result<Self, ServeError> {
         let vae = files.condition_model.as_ref().map(Vae::load).transpose()?;
+        let guide = |path: &PathBuf| {
+            let file = ModelFile::open(path)?;
+            let (config, name) = (&file.net.config, name(path));
+            Ok::<_, ModelError>((
+                Guide { name, conditional: config.label_dim > 0 },
+                Domain::of_model(config, &file.meta),
+            ))
+        };
         Ok(Self {
+            guide: files.guide.as_ref().map(guide).transpose()?,
+            class_names: files.class_names.as_deref().map(Classes::load).transpose()?.unwrap_or_default(),
             factor: files.vae.as_ref().map(|path| Ok::<_, CodecError>(CodecFile::open(path)?.factor())).transpose()?,
             condition_model: vae.map(|vae| (Domain::of_condition_model(&vae), vae.vocabulary().clone())),
             tagger: files.tagger.is_some(),
         })
     }
 
-    /// What a model file offers; and if the condition model does not suit it, why not.
-    fn offer(&self, name: String, path: &Path) -> Result<(Offer, Option<String>), ServeError> {
+    /// What a model file offers, and why it does not with what.
+    fn offer(&self, name: String, path: &Path) -> Result<(Offer, Misfits), ServeError> {
         let file = ModelFile::open(path)?;
         let (config, meta) = (file.net.config.clone(), file.meta.clone());
         let (model, channels) = (path.to_owned(), config.img_channels);
@@ -247,9 +278,21 @@ impl Shelf {
             _ => return Err(ServeError::NoPicture { model, channels }),
         };
         let domain = Domain::of_model(&config, &meta);
-        let fits = self.condition_model.as_ref().filter(|_| config.label_dim > 0);
-        let why = fits.and_then(|(theirs, _)| theirs.check("the condition model", &domain, &name).err());
-        let invented = fits.filter(|_| why.is_none()).map(|(_, vocabulary)| vocabulary);
+        let mut misfits = Misfits::default();
+        let mut fits = |theirs: &Domain, what: &str, why: fn(&mut Misfits) -> &mut Option<String>| {
+            let mismatch = theirs.check(what, &domain, &name).err().map(|mismatch| mismatch.to_string());
+            let fits = mismatch.is_none();
+            *why(&mut misfits) = mismatch;
+            fits
+        };
+        let guide = self.guide.as_ref().filter(|(_, theirs)| fits(theirs, "the gnet", |why| &mut why.guide));
+        let guide = guide.map(|(guide, _)| guide.clone());
+        let inventor = self.condition_model.as_ref().filter(|_| config.label_dim > 0);
+        let invented = inventor
+            .filter(|(theirs, _)| fits(theirs, "the condition model", |why| &mut why.condition_model))
+            .map(|(_, vocabulary)| vocabulary);
+        let classes = config.label_dim > 0 && meta.is_of_classes() && invented.is_none();
+        let classes = classes.then(|| self.class_names.clone());
         let features = matches!(meta.conditioning, Conditioning::Features { .. });
         let (tags, vocabulary) = match invented {
             _ if config.label_dim == 0 => (Tags::No, None),
@@ -269,21 +312,23 @@ impl Shelf {
             (_, None) => meta.tags().map_err(named)?,
         };
         let (like, invents) = (features && self.tagger, invented.is_some());
-        let offer = Offer { name, path: path.into(), config, meta, vocabulary, tags, like, invents, factor };
-        Ok((offer, why.map(|why| why.to_string())))
+        let path = path.into();
+        let offer = Offer { name, path, config, meta, vocabulary, tags, classes, like, invents, guide, factor };
+        Ok((offer, misfits))
     }
 
     /// The offers of the given models, named after their files.
     fn offers(&self, files: &Files) -> Result<Vec<Arc<Offer>>, ServeError> {
         let mut offers: Vec<Arc<Offer>> = Vec::new();
-        let mut mismatch = None;
+        let mut all = Misfits::default();
         for path in &files.models {
             let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
             let name = |number: u32| if number == 1 { stem.clone() } else { format!("{stem}-{number}") };
             let free = |name: &String| offers.iter().all(|offer| offer.name != *name);
             let name = (1..).map(name).find(free).unwrap_or_default();
             let (offer, why) = self.offer(name, path)?;
-            mismatch = mismatch.or(why);
+            all.guide = all.guide.or(why.guide);
+            all.condition_model = all.condition_model.or(why.condition_model);
             offers.push(Arc::new(offer));
         }
         let used = |path: &Option<PathBuf>, by: &dyn Fn(&Offer) -> bool| match path {
@@ -291,7 +336,9 @@ impl Shelf {
             _ => Ok(()),
         };
         let unused = |why: Option<String>| move |path| ServeError::Unused { path, why };
-        used(&files.condition_model, &|offer| offer.invents).map_err(unused(mismatch))?;
+        used(&files.condition_model, &|offer| offer.invents).map_err(unused(all.condition_model))?;
+        used(&files.guide, &|offer| offer.guide.is_some()).map_err(unused(all.guide))?;
+        used(&files.class_names, &|offer| offer.classes.is_some()).map_err(unused(None))?;
         let latents = |offer: &Offer| offer.meta.encoder == ImageSpace::SdVae;
         used(&files.vae, &latents).map_err(unused(None))?;
         used(&files.preview, &latents).map_err(unused(None))?;
@@ -346,6 +393,7 @@ pub fn serve(
         chosen: AtomicUsize::new(0),
         device: device.to_string(),
         batch,
+        started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64),
     });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServeError::Http)?;
     let http = {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::preview::{ColourMap, data_url};
 use super::queue::{Job, Made, Preview, Turn};
-use super::request::{CheckedRequest, Offer};
+use super::request::{CheckedRequest, Classing, Offer};
 use super::{Files, ServeError, Server, without_path};
 use crate::Device;
 use crate::condition::tagger::Tagger;
@@ -37,6 +37,12 @@ pub struct Painter {
 /// Opens a model with all that goes with it, and says what is doubtful about it.
 fn open(device: &Device, files: &Files, offer: &Offer, say: &mut dyn FnMut(&str)) -> Result<Pipeline, PipelineError> {
     let mut pipeline = Pipeline::load(device, &offer.path)?;
+    if let Some(path) = files.guide.as_ref().filter(|_| offer.guide.is_some()) {
+        pipeline = pipeline.with_guide(path)?;
+    }
+    if let Some(path) = files.class_names.as_ref().filter(|_| offer.classes.is_some()) {
+        pipeline = pipeline.with_class_names(path)?;
+    }
     if let Some(path) = files.condition_model.as_ref().filter(|_| offer.invents) {
         pipeline = pipeline.with_condition_model(path)?;
     }
@@ -197,6 +203,18 @@ fn conditions(
     for text in &request.tags {
         all.push(if request.complete { pipeline.complete(text, seed)? } else { pipeline.tags(text, seed)? });
     }
+    match &request.classes {
+        Classing::Of(classes) => {
+            for class in classes {
+                all.push(pipeline.class(class)?);
+            }
+        }
+        Classing::Any => {
+            for &seed in &request.seeds {
+                all.push(pipeline.any_class(seed)?);
+            }
+        }
+    }
     for (number, bytes) in request.like.iter().enumerate() {
         let name = format!("upload {number}");
         let image = decode::decode(bytes, Tagger::BACKGROUND);
@@ -208,7 +226,7 @@ fn conditions(
         all.extend(pipeline.invent(request.invent, seed)?);
     }
     if let Some(text) = &request.negative {
-        let negative = pipeline.tags(text, seed)?;
+        let negative = pipeline.tags_or_class(text, seed)?;
         if all.is_empty() {
             all.push(pipeline.none()?);
         }

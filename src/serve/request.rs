@@ -11,7 +11,7 @@ use base64::prelude::BASE64_STANDARD;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::condition::prompt::Prompt;
+use crate::condition::classes::Classes;
 use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::Vocabulary;
 use crate::model::{Config, ModelMeta};
@@ -26,6 +26,8 @@ pub const MAX_AREA: usize = 4;
 /// Most steps of a job, counted over all its pictures. A step counts in proportion to the picture's area: as 1 for the
 /// area that the model learned from.
 pub const MAX_WORK: usize = 4096;
+/// What stands for another class for each seed.
+const ANY: &str = "random";
 /// Longest text of tags.
 const MAX_TEXT: usize = 1 << 14;
 /// Most pixels of an uploaded picture, as it may be decoded beside others.
@@ -89,6 +91,15 @@ pub enum Tags {
     Invented,
 }
 
+/// What guides a model, other than itself.
+#[derive(Clone, Debug)]
+pub struct Guide {
+    /// What pictures call it.
+    pub name: String,
+    /// Whether it takes conditions.
+    pub conditional: bool,
+}
+
 /// What a model is, as far as requests are concerned.
 #[derive(Debug)]
 pub struct Offer {
@@ -104,10 +115,14 @@ pub struct Offer {
     pub vocabulary: Vocabulary,
     /// How it takes them.
     pub tags: Tags,
+    /// The names of its classes, if it is class-conditional; there may be fewer than classes.
+    pub classes: Option<Classes>,
     /// Whether it takes pictures.
     pub like: bool,
     /// Whether the condition model goes with it.
     pub invents: bool,
+    /// The network that guides it (autoguidance).
+    pub guide: Option<Guide>,
     /// Pixels for each value of its images, in each direction.
     pub factor: usize,
 }
@@ -115,7 +130,7 @@ pub struct Offer {
 impl Offer {
     /// Whether images whose request says no guidance are guided, if they have no negative tags either.
     pub fn guided(&self) -> bool {
-        !self.meta.is_always_conditional(&self.config)
+        self.guide.is_some() || !self.meta.is_always_conditional(&self.config)
     }
 
     /// [height, width] of the images that it learned from.
@@ -123,13 +138,26 @@ impl Offer {
         [self.meta.height, self.meta.width]
     }
 
-    /// The tags of a text, with their weights.
+    /// What a text is read as: tags with their weights, or the class of a class-conditional model.
     ///
     /// # Errors
-    /// [`Refusal::Invalid`]: it is too long, or has an unknown tag.
-    pub fn prompt(&self, text: &str) -> Result<Prompt, Refusal> {
+    /// [`Refusal::Invalid`]: it is too long, or has an unknown tag, or is no class.
+    pub fn read(&self, text: &str) -> Result<Vec<(String, f32)>, Refusal> {
+        if let Some(names) = &self.classes {
+            return Ok(vec![(names.label(self.class(names, text)?), 1.0)]);
+        }
         ensure(text.len() <= MAX_TEXT, || format!("{} bytes of tags, expected {MAX_TEXT} at most", text.len()))?;
-        self.vocabulary.parse(text).map_err(|error| Refusal::Invalid(error.to_string()))
+        let prompt = self.vocabulary.parse(text).map_err(|error| Refusal::Invalid(error.to_string()))?;
+        let tag = |&(tag, weight): &(u32, f32)| Some((self.vocabulary.tag(tag)?.to_owned(), weight));
+        Ok(prompt.tags().iter().filter_map(tag).collect())
+    }
+
+    /// The class of a number or a name.
+    fn class(&self, names: &Classes, text: &str) -> Result<usize, Refusal> {
+        let classes = self.config.label_dim;
+        let class = names.find(text).map_err(|error| Refusal::Invalid(error.to_string()))?;
+        ensure(class < classes, || format!("class {class} of {}, expected 0 to {}", self.name, classes - 1))?;
+        Ok(class)
     }
 }
 
@@ -141,10 +169,12 @@ pub struct RequestBody {
     pub model: Option<String>,
     /// Tags of each condition, as `--tags` takes them.
     pub tags: Vec<String>,
-    /// Tags that guidance leads away from; empty: none.
+    /// Tags, or of a class-conditional model a class, that guidance leads away from; empty: none.
     pub negative: String,
     /// Whether the condition model completes them.
     pub complete: bool,
+    /// Classes of a class-conditional model, each a condition: numbers, names, or [`ANY`] alone.
+    pub classes: Vec<String>,
     /// Pictures whose features are conditions, in base64.
     pub like: Vec<String>,
     /// How many conditions the condition model invents.
@@ -182,6 +212,15 @@ impl TryFrom<Value> for SamplerBody {
     }
 }
 
+/// The classes of a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Classing {
+    /// These; perhaps none.
+    Of(Vec<String>),
+    /// One for each seed.
+    Any,
+}
+
 /// A request that can be done.
 #[derive(Clone, Debug)]
 pub struct CheckedRequest {
@@ -189,10 +228,12 @@ pub struct CheckedRequest {
     pub model: Arc<Offer>,
     /// Tags of conditions.
     pub tags: Vec<String>,
-    /// Tags that guidance leads away from.
+    /// Tags, or the class, that guidance leads away from.
     pub negative: Option<String>,
     /// Whether the condition model completes them.
     pub complete: bool,
+    /// Classes.
+    pub classes: Classing,
     /// Uploaded pictures.
     pub like: Vec<Bytes>,
     /// Conditions to invent.
@@ -205,6 +246,8 @@ pub struct CheckedRequest {
     pub seeds: Vec<u64>,
     /// [height, width].
     pub size: [usize; 2],
+    /// Whether it has any condition.
+    pub conditioned: bool,
     /// The sampler.
     pub sampler: SamplerConfig,
 }
@@ -219,12 +262,12 @@ impl CheckedRequest {
     /// # Errors
     /// [`Refusal::Invalid`] with what is wrong.
     pub fn new(wanted: RequestBody, model: Arc<Offer>) -> Result<Self, Refusal> {
-        let RequestBody { tags, negative, complete, like, invent, condition_seed, .. } = wanted;
+        let RequestBody { tags, negative, complete, classes, like, invent, condition_seed, .. } = wanted;
         let SamplerBody { config: mut sampler, says_guidance } = wanted.sampler;
         let negative = Some(negative).filter(|text| !text.trim().is_empty());
         let invalid = |error: &dyn std::fmt::Display| Refusal::Invalid(error.to_string());
         let name = &model.name;
-        let rows = tags.len() + like.len() + invent;
+        let rows = tags.len() + classes.len() + like.len() + invent;
         // As `edm2k sample` does.
         if !says_guidance && negative.is_none() && rows > 0 && !model.guided() {
             sampler.guidance = 1.0;
@@ -236,18 +279,33 @@ impl CheckedRequest {
         let most =
             |what, found, most: usize| ensure(found <= most, || format!("{found} {what}, expected {most} at most"));
         most("sets of tags", tags.len(), MAX_IMAGES)?;
+        most("classes", classes.len(), MAX_IMAGES)?;
         most("pictures", like.len(), MAX_IMAGES)?;
         most("invented conditions", invent, MAX_IMAGES)?;
-        ensure((tags.is_empty() && negative.is_none()) || model.tags != Tags::No, || format!("{name} takes no tags"))?;
+        ensure(tags.is_empty() || model.tags != Tags::No, || format!("{name} takes no tags"))?;
+        ensure(classes.is_empty() || model.classes.is_some(), || format!("{name} takes no classes"))?;
+        ensure(negative.is_none() || model.tags != Tags::No || model.classes.is_some(), || {
+            format!("{name} takes neither tags nor classes")
+        })?;
+        ensure(negative.is_none() || model.guide.as_ref().is_none_or(|guide| guide.conditional), || {
+            format!("the network that guides {name} takes no condition, so a negative does nothing")
+        })?;
         ensure(like.is_empty() || model.like, || format!("{name} takes no pictures"))?;
         let invents = invent > 0 || complete;
         ensure(!invents || model.invents, || format!("{name} has no condition model that could invent or complete"))?;
         ensure(!complete || !tags.is_empty(), || "there are no tags to complete".into())?;
-        for text in tags.iter().chain(&negative) {
-            ensure(!model.prompt(text)?.tags().is_empty(), || format!("{text:?} has no tag"))?;
+        let per_condition = wanted.per_condition.unwrap_or(1);
+        let classes = if classes.iter().any(|class| class == ANY) {
+            ensure(rows == 1 && per_condition == 1, || format!("classes: {ANY:?} goes alone"))?;
+            Classing::Any
+        } else {
+            Classing::Of(classes)
+        };
+        let named = if let Classing::Of(classes) = &classes { &classes[..] } else { &[] };
+        for text in tags.iter().chain(named).chain(&negative) {
+            ensure(!model.read(text)?.is_empty(), || format!("{text:?} has no tag"))?;
         }
 
-        let per_condition = wanted.per_condition.unwrap_or(1);
         ensure(per_condition > 0, || "per_condition is 0".into())?;
         most("images of a condition", per_condition, MAX_IMAGES)?;
         let seeds = match &wanted.seeds {
@@ -272,18 +330,28 @@ impl CheckedRequest {
         })?;
         // Last, as this decodes them.
         let like = like.iter().map(|text| picture(text)).collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { model, tags, negative, complete, like, invent, condition_seed, per_condition, seeds, size, sampler })
-    }
-
-    /// Whether it has any condition.
-    pub fn conditioned(&self) -> bool {
-        !self.tags.is_empty() || self.negative.is_some() || !self.like.is_empty() || self.invent > 0
+        let conditioned = rows > 0 || negative.is_some();
+        Ok(Self {
+            model,
+            tags,
+            negative,
+            complete,
+            classes,
+            like,
+            invent,
+            condition_seed,
+            per_condition,
+            seeds,
+            size,
+            conditioned,
+            sampler,
+        })
     }
 
     /// Whether images of both may be in one batch.
     pub fn fits(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.model, &other.model)
-            && (self.size, self.conditioned()) == (other.size, other.conditioned())
+            && (self.size, self.conditioned) == (other.size, other.conditioned)
             && self.sampler == other.sampler
     }
 }
@@ -310,8 +378,9 @@ pub(super) mod tests {
     pub fn model() -> Arc<Offer> {
         let config = preset("1girl-xs").unwrap().config;
         let (path, vocabulary, meta) = (PathBuf::new(), Vocabulary::default(), ModelMeta::of(&config));
-        let (tags, like, invents, factor) = (Tags::No, true, false, 1);
-        Arc::new(Offer { name: "m".into(), path, config, meta, vocabulary, tags, like, invents, factor })
+        let (name, tags, like, invents, factor) = ("m".into(), Tags::No, true, false, 1);
+        let (classes, guide) = (None, None);
+        Arc::new(Offer { name, path, config, meta, vocabulary, tags, classes, like, invents, guide, factor })
     }
 
     #[test]

@@ -154,6 +154,126 @@ fn pictures_are_those_of_edm2k_sample_to_the_byte() {
     }
 }
 
+/// Models that were always trained with a class: of five `c.safetensors` and `g.safetensors`, of six `o.safetensors`. And
+/// `u.safetensors`, which knows no classes.
+fn of_classes(place: &Place) {
+    let config =
+        Pipeline::load(&Device::open("cpu").unwrap(), place.path("m.safetensors")).unwrap().net().config.clone();
+    for (name, seed, label_dim) in [("c", 6, 5), ("g", 7, 5), ("u", 8, 0), ("o", 9, 6)] {
+        server::write(
+            &Config { label_dim, ..config.clone() },
+            &place.path(&format!("{name}.safetensors")),
+            seed,
+            |model| {
+                model.meta.cond_dropout = Some(0.0);
+            },
+        );
+    }
+    fs::write(place.path("names.txt"), "tench, Tinca tinca\ngoldfish\ncrane\ncrane\n").unwrap();
+}
+
+#[test]
+fn class_conditional_models_draw_as_edm2k_sample_does() {
+    let place = Place::new();
+    of_classes(&place);
+    let server = place.serve("--model c.safetensors --model m.safetensors --class-names names.txt --batch 3");
+    let models = server.get("/api/v1/models").expect(200);
+    let about = |place: usize| [&models[place]["classes"], &models[place]["tags"], &models[place]["guided"]];
+    assert_eq!(about(0), [&json!(5), &json!("no"), &json!(false)]);
+    assert_eq!(about(1), [&json!(0), &json!("plain"), &json!(true)]);
+    for (wanted, arguments, seeds) in [
+        (
+            json!({"classes": ["1", "Tinca tinca"], "per_condition": 2, "seeds": "5-8", "sampler": {"steps": 3}}),
+            "--class goldfish --class 0 --per-condition 2 --seeds 5-8 --steps 3",
+            &[5, 6, 7, 8][..],
+        ),
+        (
+            json!({"classes": ["random"], "seeds": "0-4", "sampler": {"steps": 2}}),
+            "--class random --seeds 0-4 --steps 2",
+            &[0, 1, 2, 3, 4],
+        ),
+        (
+            json!({"classes": ["crane"], "negative": "goldfish", "sampler": {"steps": 2, "guidance": 3.0}}),
+            "--class 2 --negative 1 --steps 2 --guidance 3",
+            &[0],
+        ),
+    ] {
+        let job = server.post("/api/v1/generate?wait=true", &wanted).expect(200);
+        let sampled = place.sample(&format!("--model c.safetensors --class-names names.txt {arguments}"), seeds);
+        assert!(pictures(&job) == sampled, "{wanted}");
+    }
+    let listed = server.get("/api/v1/vocabulary").expect(200);
+    let names: Vec<_> = listed["tags"].as_array().unwrap().iter().map(|tag| tag["tag"].as_str().unwrap()).collect();
+    assert_eq!(names, ["tench, Tinca tinca", "goldfish", "crane", "3", "4"]);
+    let near = server.get("/api/v1/vocabulary?near=godlfish").expect(200);
+    assert_eq!(near["tags"], json!([{"tag": "goldfish", "count": null}]));
+    let read = server.get("/api/v1/prompt?text=tinca%20tinca").expect(200);
+    document().check_answer("/api/v1/prompt", "get", 200, &read);
+    assert_eq!(read["tags"], json!([{"tag": "tench, Tinca tinca", "weight": 1.0}]));
+    let asked = json!({"prompt": " goldfish ", "negative_prompt": "4", "cfg_scale": 2, "steps": 2, "seed": 0});
+    let drawn = server.post("/sdapi/v1/txt2img", &asked).expect(200);
+    let drawn = BASE64_STANDARD.decode(drawn["images"][0].as_str().unwrap()).unwrap();
+    let arguments = "--model c.safetensors --class 1 --negative 4 --guidance 2 --steps 2 --class-names names.txt";
+    assert!(vec![drawn] == place.sample(arguments, &[0]), "txt2img");
+    for (wanted, message) in [
+        (json!({"classes": ["5"]}), "class 5 of c, expected 0 to 4"),
+        (json!({"classes": ["Crane"]}), r#""Crane" is the name of several classes: 2, 3"#),
+        (json!({"classes": ["goldfisch"]}), r#"unknown class "goldfisch", did you mean "goldfish"?"#),
+        (json!({"classes": ["x".repeat(20_000)]}), "unknown class"),
+        (json!({"classes": vec!["1"; 65]}), "65 classes, expected 64 at most"),
+        (json!({"classes": ["random", "1"]}), r#"classes: "random" goes alone"#),
+        (json!({"classes": ["random"], "per_condition": 2}), r#"classes: "random" goes alone"#),
+        (json!({"classes": ["1"], "negative": "cat", "sampler": {"guidance": 2.0}}), "unknown class"),
+        (json!({"tags": ["goldfish"]}), "c takes no tags"),
+        (json!({"classes": ["1"], "model": "m"}), "m takes no classes"),
+    ] {
+        let said = server.post("/api/v1/generate", &wanted).expect(422);
+        assert!(said["detail"].as_str().unwrap().contains(message), "{wanted}\nsaid: {said}\nexpected: {message}");
+    }
+    drop(server);
+    let unnamed = place.serve("--model c.safetensors");
+    let said = unnamed.post("/api/v1/generate", &json!({"classes": ["goldfish"]})).expect(422);
+    assert!(said["detail"].as_str().unwrap().contains("there are no names of classes"), "{said}");
+    let (fine, said) = place.edm2k("serve --device cpu --model m.safetensors --class-names names.txt");
+    assert!(!fine && said.contains("names.txt: goes with none of the models"), "{said}");
+}
+
+#[test]
+fn another_network_guides_the_models_that_it_goes_with() {
+    let place = Place::new();
+    of_classes(&place);
+    for (guide, fits) in [("g", false), ("u", true)] {
+        let server = place.serve(&format!("--model c.safetensors --model o.safetensors --gnet {guide}.safetensors"));
+        let models = server.get("/api/v1/models").expect(200);
+        document().check_answer("/api/v1/models", "get", 200, &models);
+        assert_eq!([&models[0]["gnet"], &models[0]["guided"]], [&json!(format!("{guide}.safetensors")), &json!(true)]);
+        assert_eq!(models[1]["gnet"].is_string(), fits, "{models}");
+        for (guidance, arguments) in [(1.0, ""), (1.7, &*format!("--gnet {guide}.safetensors"))] {
+            let wanted = json!({"classes": ["3"], "seeds": "4,5", "sampler": {"steps": 3, "guidance": guidance}});
+            let job = server.post("/api/v1/generate?wait=true", &wanted).expect(200);
+            let arguments = format!(
+                "--model c.safetensors --class 3 --per-condition 2 --seeds 4,5 --steps 3 \
+                 --guidance {guidance} {arguments}"
+            );
+            assert!(pictures(&job) == place.sample(&arguments, &[4, 5]), "{arguments}");
+        }
+        let wanted = json!({"classes": ["3"], "negative": "1", "sampler": {"steps": 2}});
+        let answer = server.post("/api/v1/generate?wait=true", &wanted);
+        if fits {
+            let said = answer.expect(422);
+            assert!(
+                said["detail"].as_str().unwrap().contains("takes no condition, so a negative does nothing"),
+                "{said}"
+            );
+        } else {
+            let arguments = "--model c.safetensors --class 3 --negative 1 --steps 2 --gnet g.safetensors";
+            assert!(pictures(&answer.expect(200)) == place.sample(arguments, &[0]));
+        }
+    }
+    let (fine, said) = place.edm2k("serve --device cpu --model o.safetensors --gnet g.safetensors");
+    assert!(!fine && said.contains("g.safetensors: goes with none of the models"), "{said}");
+}
+
 #[test]
 fn jobs_of_one_shape_share_batches_and_their_pictures_do_not_change() {
     let place = Place::new();

@@ -314,6 +314,10 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     if let Some(tagger) = &args.tagger {
         pipeline = pipeline.with_tagger(tagger, args.tagger_node.as_deref()).context("--tagger")?;
     }
+    if let Some(names) = &args.class_names {
+        pipeline = pipeline.with_class_names(names).context("--class-names")?;
+        warn(&mut pipeline, ranks, "--class-names ");
+    }
     let piped = args.prompts.as_deref() == Some("-".as_ref());
     ensure!(!piped || ranks.size() == 1, "--prompts -: each process has an input of its own; give a file");
     let wanted = wanted(args, &mut pipeline)?;
@@ -336,6 +340,11 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
             place + 1
         );
         args.sampler.without_guide(&mut sampler).iter().filter(|_| ranks.first()).for_each(|text| note!("{text}"));
+    }
+    if wanted.is_empty() && pipeline.meta().is_always_conditional(&pipeline.net().config) && ranks.first() {
+        note!(
+            "warning: the model was trained without --cond-dropout: it has never drawn without a condition, and there is none"
+        );
     }
     let kept = match (pipeline.makes_pictures(), args.save_steps) {
         (false, _) => Kept::Latents,

@@ -5,15 +5,11 @@ use std::path::Path;
 
 use anyhow::{Context, anyhow, bail, ensure};
 use serde::Deserialize;
-use serde_json::Value;
 
-use edm2k::condition::Conditioning;
-use edm2k::condition::classes::Classes;
 use edm2k::formats::input;
 use edm2k::pipeline::{Condition, Pipeline};
 
 use super::{SampleArgs, Seeds};
-use crate::cli::say::note;
 
 /// The value of --class that stands for a random one.
 const ANY: &str = "random";
@@ -72,11 +68,7 @@ pub fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<
         };
         all.push((made().with_context(|| format!("--prompts: {name}"))?, prompt.seed));
     }
-    let names = names(args, pipeline).context("--class-names")?;
-    let mut others = Vec::new();
-    if !args.class.is_empty() {
-        others.extend(classes(args, &names, pipeline).context("--class")?);
-    }
+    let mut others = classes(args, pipeline).context("--class")?;
     for path in &args.like {
         others.push(pipeline.like(path).context("--like")?);
     }
@@ -97,12 +89,7 @@ pub fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<
     ensure!(alone || !args.class.iter().any(|class| class == ANY), "--class: \"{ANY}\" goes alone");
     all.extend(others.into_iter().map(|condition| (condition, None)));
     if let Some(text) = args.negative.as_deref().filter(|text| !text.trim().is_empty()) {
-        let classes = pipeline.meta().vocabulary.is_empty() && pipeline.meta().conditioning == Conditioning::Tags;
-        let negative = match classes {
-            true => class(text, &names, pipeline),
-            false => pipeline.tags(text, seed).map_err(anyhow::Error::from),
-        };
-        let negative = negative.context("--negative")?;
+        let negative = pipeline.tags_or_class(text, seed).context("--negative")?;
         if all.is_empty() {
             all.push((pipeline.none().context("--negative")?, None));
         }
@@ -113,36 +100,15 @@ pub fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<
     Ok(all)
 }
 
-/// The names of --class-names; those of another number of classes than the model has are taken with a warning.
-fn names(args: &SampleArgs, pipeline: &Pipeline) -> anyhow::Result<Classes> {
-    let Some(path) = &args.class_names else { return Ok(Classes::default()) };
-    let (names, classes) = (Classes::load(path)?, pipeline.net().config.label_dim);
-    if names.len() != classes {
-        note!("warning: --class-names {}: {} classes, but the model has {classes}", path.display(), names.len());
-    }
-    Ok(names)
-}
-
-/// The condition of a class by its number or name.
-fn class(text: &str, names: &Classes, pipeline: &Pipeline) -> anyhow::Result<Condition> {
-    Ok(named(pipeline.class(names.find(text)?)?, names))
-}
-
-/// The condition of a class, with its name if it has one.
-fn named(condition: Condition, names: &Classes) -> Condition {
-    let name = condition.origin.get("class").and_then(Value::as_u64).and_then(|class| names.name(class as usize));
-    name.map_or(condition.clone(), |name| condition.named("name", name))
-}
-
 /// The conditions of --class.
-fn classes(args: &SampleArgs, names: &Classes, pipeline: &Pipeline) -> anyhow::Result<Vec<Condition>> {
+fn classes(args: &SampleArgs, pipeline: &Pipeline) -> anyhow::Result<Vec<Condition>> {
     if args.class.iter().any(|class| class == ANY) {
         let alone = args.class.len() == 1 && args.per_condition == 1 && args.interpolate.is_none();
         ensure!(alone, "\"{ANY}\" goes alone");
         let seeds = args.seeds.as_ref().map_or(vec![0], |Seeds(seeds)| seeds.clone());
-        return seeds.into_iter().map(|seed| Ok(named(pipeline.any_class(seed)?, names))).collect();
+        return Ok(seeds.into_iter().map(|seed| pipeline.any_class(seed)).collect::<Result<_, _>>()?);
     }
-    args.class.iter().map(|text| class(text, names, pipeline)).collect()
+    Ok(args.class.iter().map(|text| pipeline.class(text)).collect::<Result<_, _>>()?)
 }
 
 fn row(text: &str, pipeline: &mut Pipeline) -> anyhow::Result<Condition> {

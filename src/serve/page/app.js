@@ -3,27 +3,18 @@
 import { choose, start, toast } from "./draw.js";
 import { show } from "./runs.js";
 import { json } from "./server.js";
+import { recall, remember } from "./store.js";
 
 const $ = (id) => document.getElementById(id);
 const root = document.documentElement;
 
-/** Storage may be forbidden; then nothing is remembered. */
-function stored(theme) {
-  try {
-    if (theme) localStorage.setItem("theme", theme);
-    return localStorage.getItem("theme");
-  } catch {
-    return null;
-  }
-}
-
 const system = matchMedia("(prefers-color-scheme: dark)");
-const paint = () => (root.dataset.theme = stored() ?? (system.matches ? "dark" : "light"));
+const paint = () => (root.dataset.theme = recall("localStorage", "theme") ?? (system.matches ? "dark" : "light"));
 system.onchange = paint;
 paint();
 $("theme").onclick = () => {
   root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
-  stored(root.dataset.theme);
+  remember("localStorage", "theme", root.dataset.theme);
 };
 
 const views = ["draw", "runs"];
@@ -63,7 +54,7 @@ try {
   const server = await json("/api/v1/server");
   $("device").textContent = `${server.version} on ${server.device}`;
   $("tab-runs").hidden = !server.runs;
-  await start();
+  await start(server.started);
   const { length } = await json("/api/v1/models");
   if (!length && server.runs) select("runs");
 } catch (error) {

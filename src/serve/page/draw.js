@@ -2,6 +2,7 @@
 
 import { ask, json, post, watch } from "./server.js";
 import { parameters } from "./png.js";
+import { recall, remember } from "./store.js";
 import { TagField } from "./tags.js";
 
 const $ = (id) => document.getElementById(id);
@@ -9,7 +10,7 @@ const number = (id) => ($(id).value === "" ? undefined : Number($(id).value));
 
 let models = [];
 let model = null;
-let vocabulary = { model: "", tags: [], known: new Set() };
+let vocabulary = { model: "", tags: [], known: new Set(), classes: false };
 let sets = [];
 /** What guidance leads away from. */
 let negative = null;
@@ -25,6 +26,9 @@ let running = null;
 let asking = false;
 /** What the gallery's dialog shows. */
 let shown = null;
+/** What to remember of this tab: its last jobs, of the server that was started then. */
+const kept = { started: 0, jobs: [] };
+const MOST_JOBS = 32;
 
 export function toast(text) {
   $("toast").textContent = text;
@@ -32,18 +36,18 @@ export function toast(text) {
   toast.timer = setTimeout(() => ($("toast").textContent = ""), 5000);
 }
 
-/** Sets the form up. */
-export async function start() {
+/** Sets the form up, as it was before the page was loaded again. `started`: when the server was. */
+export async function start(started) {
   models = await json("/api/v1/models");
   $("model").onchange = () => choose($("model").value);
-  negative = new TagField(() => vocabulary, () => {});
-  negative.input.setAttribute("aria-label", "Add a tag to avoid");
+  negative = new TagField(() => vocabulary, true);
   negative.input.setAttribute("aria-describedby", "negative-hint");
   $("negative").append(negative.node);
   $("add-set").onclick = () => addSet().input.focus();
   $("dice").onclick = otherSeeds;
+  $("any").onchange = () => ($("sets").hidden = $("any").checked);
   $("invent-grid").onclick = () => {
-    setTags([]);
+    setWords([]);
     $("invent").value = $("per-condition").value = 4;
     const first = Math.floor(Math.random() * 1e6);
     $("seeds").value = `${first}-${first + 15}`;
@@ -77,6 +81,44 @@ export async function start() {
   dropping();
   await defaults();
   await choose(models[0]?.name);
+  const form = recall("sessionStorage", "form");
+  if (form) await refill(form).catch(() => {});
+  addEventListener("pagehide", () => {
+    const form = model && request();
+    // Pictures may be more than a browser keeps.
+    if (form) remember("sessionStorage", "form", form) || remember("sessionStorage", "form", { ...form, like: [] });
+  });
+  const before = recall("sessionStorage", "jobs");
+  kept.started = started;
+  if (before?.started === started) again(before.jobs);
+}
+
+/** The jobs that this tab had before it was loaded again, those that the server still knows: what they made, and what goes on. */
+async function again(jobs) {
+  for (const { id, wanted } of jobs) {
+    const job = await json(`/api/v1/jobs/${id}`).catch(() => null);
+    if (!job) continue;
+    kept.jobs.push({ id, wanted });
+    if (["queued", "running"].includes(job.stage)) {
+      running = id;
+      follow(job, wanted);
+    } else {
+      for (const picture of job.pictures) await keep(picture, wanted.model);
+    }
+  }
+}
+
+/** Fills the form with a request. */
+async function refill(wanted) {
+  await choose(wanted.model);
+  apply(wanted.sampler);
+  for (const [id, value] of [["width", wanted.width], ["height", wanted.height], ["seeds", wanted.seeds], ["invent", wanted.invent],
+    ["condition-seed", wanted.condition_seed], ["per-condition", wanted.per_condition]]) $(id).value = value ?? "";
+  $("any").checked = wanted.classes.includes("random");
+  setWords(model.classes ? wanted.classes.filter((name) => name !== "random") : wanted.tags);
+  negative.set(model.classes ? [wanted.negative].filter(Boolean) : parts(wanted.negative));
+  $("complete").checked = wanted.complete;
+  wanted.like.forEach((url, number) => showLike(url, `picture ${number + 1}`));
 }
 
 /** What `edm2k sample` does when it is told nothing, as the API's description has it. */
@@ -89,7 +131,7 @@ async function defaults() {
 
 function apply(sampler) {
   for (const [id, key] of [["solver"], ["steps"], ["guidance"], ["rho"], ["sigma-min", "sigma_min"], ["sigma-max", "sigma_max"]]) {
-    $(id).value = sampler[key ?? id];
+    $(id).value = sampler[key ?? id] ?? "";
   }
   [$("low").value, $("high").value] = sampler.guidance_interval ?? ["", ""];
   churn = sampler.churn ?? {};
@@ -104,10 +146,23 @@ export async function choose(name) {
   if (!models.some((known) => known.name === name)) {
     models.push(...(await json(`/api/v1/models?model=${encodeURIComponent(name)}`)));
   }
+  const before = model;
   model = models.find((known) => known.name === name);
   $("model").replaceChildren(...models.map(({ name }) => new Option(name)));
   $("model").value = name;
-  $("conditions").hidden = model.tags === "no";
+  const [takes, classes] = [model.tags !== "no" || model.classes > 0, model.classes > 0];
+  $("conditions").hidden = !takes;
+  $("conditions-legend").textContent = classes ? `Classes, of ${model.classes}` : "Tags";
+  $("tags-hint").textContent = classes
+    ? "Type to find a class, Enter adds it. Each is drawn by itself."
+    : "Type to find a tag, Enter or a comma adds it. Without any, the model draws what it likes.";
+  $("negative-hint").textContent = classes
+    ? "A class to avoid: guidance leads away from it."
+    : "Tags to avoid: guidance leads away from these.";
+  negative.input.setAttribute("aria-label", classes ? "Add a class to avoid" : "Add a tag to avoid");
+  $("add-set").hidden = classes;
+  $("any-row").hidden = !classes;
+  $("sets").hidden = classes && $("any").checked;
   // The server decides, as tags to avoid count too.
   $("guidance").placeholder = model.guided ? usual : 1;
   $("unguided").hidden = model.guided;
@@ -120,16 +175,19 @@ export async function choose(name) {
     $(side).value = model[side];
     $(side).step = $(side).min = model.multiple;
   }
-  const { tags } = model.tags === "no" ? { tags: [] } : await json(`/api/v1/vocabulary?model=${encodeURIComponent(name)}`);
-  vocabulary = { model: name, tags, known: new Set(tags.map(({ tag }) => tag)) };
-  if (sets.length === 0) addSet();
+  const { tags } = takes ? await json(`/api/v1/vocabulary?model=${encodeURIComponent(name)}`) : { tags: [] };
+  vocabulary = { model: name, tags, known: new Set(tags.map(({ tag }) => tag)), classes };
+  if (sets.length === 0 || classes !== before?.classes > 0) {
+    setWords([]);
+    negative.set([]);
+  }
 }
 
 function addSet(tags = []) {
-  const field = new TagField(() => vocabulary, () => {});
+  const field = new TagField(() => vocabulary);
   const remove = Object.assign(document.createElement("button"), { type: "button", className: "quiet", textContent: "✕" });
   sets.push(field);
-  field.input.setAttribute("aria-label", `Add a tag to set ${sets.length}`);
+  field.input.setAttribute("aria-label", vocabulary.classes ? "Add a class" : `Add a tag to set ${sets.length}`);
   remove.setAttribute("aria-label", `Remove set ${sets.length}`);
   remove.onclick = () => {
     sets = sets.filter((other) => other !== field);
@@ -142,10 +200,12 @@ function addSet(tags = []) {
   return field;
 }
 
-function setTags(texts) {
+/** Replaces what is asked for: classes, or texts of tags, each a set. */
+function setWords(texts) {
   sets.forEach((field) => field.node.remove());
   sets = [];
-  for (const text of texts.length ? texts : [""]) addSet(parts(text));
+  if (vocabulary.classes) addSet(texts);
+  else for (const text of texts.length ? texts : [""]) addSet(parts(text));
 }
 
 const parts = (text) => text.split(",").map((tag) => tag.trim()).filter(Boolean);
@@ -172,12 +232,13 @@ const dataUrl = (file) => new Promise((resolve, reject) => {
   reader.readAsDataURL(file);
 });
 
-async function addLike(file) {
-  const url = await dataUrl(file);
+const addLike = async (file) => showLike(await dataUrl(file), file.name);
+
+function showLike(url, name) {
   likes.push(url);
-  const image = Object.assign(new Image(), { src: url, alt: file.name });
+  const image = Object.assign(new Image(), { src: url, alt: name });
   const remove = Object.assign(document.createElement("button"), { type: "button", title: "Remove" });
-  remove.setAttribute("aria-label", `Remove ${file.name}`);
+  remove.setAttribute("aria-label", `Remove ${name}`);
   remove.onclick = () => {
     likes = likes.filter((other) => other !== url);
     remove.remove();
@@ -194,7 +255,8 @@ function request() {
   const s_churn = number("churn");
   return {
     model: model.name,
-    tags: $("conditions").hidden ? [] : sets.map((field) => field.text()).filter(Boolean),
+    tags: model.tags === "no" ? [] : sets.map((field) => field.text()).filter(Boolean),
+    classes: !vocabulary.classes ? [] : $("any").checked ? ["random"] : sets.flatMap((field) => field.words()),
     negative: $("conditions").hidden ? "" : negative.text(),
     complete: !$("complete-row").hidden && $("complete").checked && sets.some((field) => field.text()),
     like: model.like ? likes : [],
@@ -224,13 +286,15 @@ async function draw() {
   asking = true;
   $("problem").textContent = "";
   try {
-    for (const field of [...sets, negative]) {
+    for (const field of [...($("sets").hidden ? [] : sets), negative]) {
       if (!$("conditions").hidden && !(await field.take())) return field.input.focus();
     }
     if (running) await cancel();
     const wanted = request();
     const job = await post("/api/v1/generate", wanted);
     running = job.id;
+    kept.jobs = [...kept.jobs, { id: job.id, wanted: { ...wanted, like: [] } }].slice(-MOST_JOBS);
+    remember("sessionStorage", "jobs", kept);
     follow(job, wanted);
   } catch (error) {
     $("problem").textContent = error.message;
@@ -313,7 +377,8 @@ function progress(job, wanted) {
 
 /** What a picture shows, in words. */
 function words({ condition }) {
-  return condition?.tags || (condition?.like ? `like ${condition.like}` : "no tags");
+  if (condition?.class !== undefined) return condition.name ?? `class ${condition.class}`;
+  return condition?.tags || (condition?.like ? `like ${condition.like}` : "no condition");
 }
 
 /** Puts a finished picture of a model into the gallery: the file itself, as the server forgets it some time. */
@@ -358,26 +423,29 @@ function nameOf({ model }) {
   return known?.name;
 }
 
-/** The tags by which a condition is asked for again; null if there are none that would. */
-function tagsOf(condition) {
+/** The text by which a condition is asked for again; null if there is none that would. */
+function textOf(condition) {
   const { negative, ...own } = condition;
   if (Object.keys(own).length === 0) return "";
+  // They are listed in their order.
+  if (vocabulary.classes) return vocabulary.tags[own.class]?.tag ?? null;
   // What was invented or completed for tags has become tags; features have to be completed again.
   return (model?.tags === "plain" ? own.tags : own.asked) ?? null;
 }
 
 /** Takes over the conditions of a picture, all or none of them; whether it did. */
 function restoreConditions(conditions) {
-  const plain = model?.tags === "plain";
+  const plain = model?.tags === "plain" || vocabulary.classes;
   const invented = !plain && model?.invents && conditions.every(({ invented }, place) => invented === place);
-  const texts = invented ? [] : conditions.map(tagsOf);
-  const avoided = new Set(conditions.map(({ negative }) => (negative ? tagsOf(negative) : "")));
+  const texts = invented ? [] : conditions.map(textOf);
+  const avoided = new Set(conditions.map(({ negative }) => (negative ? textOf(negative) : "")));
   const seeds = new Set(conditions.map(({ condition_seed }) => condition_seed));
   const [seed] = seeds;
-  const again = conditions.length === 0 || (model?.tags !== "no" && ![...texts, ...avoided].includes(null) &&
+  const again = conditions.length === 0 || (!$("conditions").hidden && ![...texts, ...avoided].includes(null) &&
     avoided.size === 1 && (texts.length < 2 || !texts.includes("")) && (plain || (seeds.size === 1 && seed != null)));
-  setTags(again ? texts.filter(Boolean) : []);
-  negative.set(again ? parts([...avoided].join()) : []);
+  setWords(again ? texts.filter(Boolean) : []);
+  negative.set(!again ? [] : vocabulary.classes ? [...avoided].filter(Boolean) : parts([...avoided].join()));
+  $("any").checked = $("sets").hidden = false;
   $("complete").checked = false;
   $("invent").value = again && invented ? conditions.length : 0;
   if (again && seed != null) $("condition-seed").value = seed;
@@ -403,7 +471,7 @@ export async function restore(about, name = nameOf(about)) {
     [!apart, "its seeds"],
     [about.towards, "the seed that it goes towards"],
     [about.from, "what it began from"],
-    [about.gnet, "the network that guided it"],
+    [about.sampler.guidance !== 1 && (about.gnet ?? null) !== model?.gnet, about.gnet ? "the network that guided it" : "that it guided itself"],
   ];
   const named = lost.filter(([is]) => is).map(([, what]) => what);
   toast(named.length ? `Parameters taken over, but not ${named.join(", ")}.` : "Parameters taken over.");

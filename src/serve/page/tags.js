@@ -1,4 +1,4 @@
-// A field for a set of tags: chips, and a combobox that completes from the vocabulary (WAI-ARIA's pattern).
+// A field for a set of tags, or for classes: chips, and a combobox that completes from the vocabulary (WAI-ARIA's pattern).
 
 import { json } from "./server.js";
 
@@ -15,15 +15,16 @@ const element = (name, properties = {}, ...children) => {
 export const written = ({ tag, weight }) => (weight === 1 ? tag : `(${tag}:${weight})`);
 
 export class TagField {
-  /** `vocabulary()`: {model, tags: [{tag, count}], known: Set}; `changed()` is called after each change. */
-  constructor(vocabulary, changed) {
+  /** `vocabulary()`: {model, tags: [{tag, count}], known: Set, classes}. Where `classes` is true its words are classes, which
+   *  have no weights but commas; with `single` the field then has one at most. */
+  constructor(vocabulary, single = false) {
     this.vocabulary = vocabulary;
-    this.changed = changed;
+    this.single = single;
     this.tags = [];
     this.found = [];
     this.at = -1;
     const id = `options-${fields++}`;
-    this.input = element("input", { type: "text", spellcheck: false, placeholder: "cat, face, …" });
+    this.input = element("input", { type: "text", spellcheck: false });
     for (const [name, value] of Object.entries({
       role: "combobox", "aria-label": "Add a tag", "aria-autocomplete": "list", "aria-expanded": "false",
       "aria-controls": id, "aria-describedby": "tags-hint",
@@ -40,19 +41,24 @@ export class TagField {
     this.input.onblur = () => this.close();
   }
 
-  /** The tags as one text; what is typed counts. */
-  text() {
+  /** Its words as they are written; what is typed counts. */
+  words() {
     const typed = this.input.value.trim();
-    return [...this.tags.map(written), ...(typed ? [typed] : [])].join(", ");
+    return [...this.tags.map(written), ...(typed ? [typed] : [])];
+  }
+
+  /** The tags as one text. */
+  text() {
+    return this.words().join(", ");
   }
 
   /** Replaces the tags, each given as it is written. */
   set(tags) {
     this.tags = [];
     this.input.value = "";
-    const { known } = this.vocabulary();
+    const { known, classes } = this.vocabulary();
     for (const text of tags) {
-      const [, tag, weight] = (!known.has(text) && text.match(/^\((.+):([\d.]+)\)$/)) || [text, text, "1"];
+      const [, tag, weight] = (!classes && !known.has(text) && text.match(/^\((.+):([\d.]+)\)$/)) || [text, text, "1"];
       this.add(tag, Number(weight), false);
     }
     this.show();
@@ -69,8 +75,8 @@ export class TagField {
   async take() {
     this.close();
     const typed = this.input.value;
-    const parts = typed.split(",").map((part) => part.trim()).filter(Boolean);
-    const { known } = this.vocabulary();
+    const { known, classes } = this.vocabulary();
+    const parts = (classes ? [typed] : typed.split(",")).map((part) => part.trim()).filter(Boolean);
     let strange = parts.filter((part) => !known.has(part));
     for (const part of parts) if (known.has(part)) this.add(part, 1, false);
     const weighed = strange.length ? await this.read(strange.join(", ")) : [];
@@ -94,11 +100,13 @@ export class TagField {
     const choices = tags.slice(0, 4).map(({ tag }) =>
       element("button", { type: "button", className: "chip", textContent: tag, onclick: () => this.add(tag) }));
     const question = choices.length ? ", did you mean" : "";
-    this.unknown.replaceChildren(`There is no tag “${text}”${question} `, ...choices);
+    const what = this.vocabulary().classes ? "class" : "tag";
+    this.unknown.replaceChildren(`There is no ${what} “${text}”${question} `, ...choices);
     this.unknown.hidden = false;
   }
 
   add(tag, weight = 1, clear = true) {
+    if (this.single && this.vocabulary().classes) this.tags = [];
     const own = this.tags.find((other) => other.tag === tag);
     if (own) own.weight = weight;
     else this.tags.push({ tag, weight });
@@ -111,10 +119,12 @@ export class TagField {
   }
 
   show() {
+    const { classes } = this.vocabulary();
     for (const chip of this.node.querySelectorAll(":scope > .chip")) chip.remove();
     for (const own of this.tags) {
       const { tag, weight } = own;
-      const chip = element("button", { type: "button", className: "chip", title: "↑ and ↓ weigh it", textContent: tag });
+      const chip = element("button", { type: "button", className: "chip", textContent: tag });
+      if (!classes) chip.title = "↑ and ↓ weigh it";
       if (weight !== 1) chip.append(element("small", { textContent: ` ×${weight}` }));
       chip.setAttribute("aria-label", `Remove ${written(own)}`);
       chip.onclick = () => {
@@ -124,7 +134,7 @@ export class TagField {
       };
       chip.onkeydown = (event) => {
         const change = { ArrowUp: 1, ArrowDown: -1 }[event.key];
-        if (!change) return;
+        if (!change || classes) return;
         event.preventDefault();
         own.weight = Math.min(10, Math.max(0.1, Math.round(10 * weight + change) / 10));
         this.show();
@@ -132,15 +142,14 @@ export class TagField {
       };
       this.input.before(chip);
     }
-    this.input.placeholder = this.tags.length ? "" : "cat, face, …";
-    this.changed();
+    this.input.placeholder = this.tags.length ? "" : classes ? "a number or a name" : "cat, face, …";
   }
 
   typed() {
     this.unknown.hidden = true;
     // What is in brackets may have commas.
     const open = (this.input.value.match(/\(/g) ?? []).length > (this.input.value.match(/\)/g) ?? []).length;
-    if (this.input.value.includes(",") && !open) {
+    if (this.input.value.includes(",") && !open && !this.vocabulary().classes) {
       this.take();
       return;
     }
@@ -155,7 +164,6 @@ export class TagField {
     this.found = text ? ranked.filter(([rank]) => rank < 3).slice(0, MOST).map(([, tag]) => tag) : [];
     this.at = -1;
     this.list();
-    this.changed();
   }
 
   list() {
