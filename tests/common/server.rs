@@ -50,7 +50,12 @@ pub struct Server {
 impl Server {
     /// Starts it with these arguments, and waits until it listens.
     pub fn start(dir: &Path, arguments: &[&str]) -> Self {
-        let mut child = command(dir).args(arguments).stderr(Stdio::piped()).spawn().unwrap();
+        Self::start_at("127.0.0.1:0", dir, arguments)
+    }
+
+    /// The same, at an address.
+    pub fn start_at(listen: &str, dir: &Path, arguments: &[&str]) -> Self {
+        let mut child = command(listen, dir).args(arguments).stderr(Stdio::piped()).spawn().unwrap();
         let said = Arc::new(Mutex::new(Vec::new()));
         let (lines, stderr) = (said.clone(), BufReader::new(child.stderr.take().unwrap()));
         std::thread::spawn(move || {
@@ -122,10 +127,10 @@ impl Drop for Server {
 }
 
 /// `edm2k serve` on the CPU, at any port.
-pub fn command(dir: &Path) -> Command {
+fn command(listen: &str, dir: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_edm2k"));
     command.args(["serve", "--device", "cpu"]).current_dir(dir).env_remove("EDM2K_TOKEN");
-    command.args(["--listen", "127.0.0.1:0"]);
+    command.args(["--listen", listen]);
     command
 }
 

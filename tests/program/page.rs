@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::common::server::Server;
+use crate::common::server::{self, Server};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use edm2k::pictures::Picture;
 use edm2k::sample::SamplerConfig;
+use edm2k::{Device, Pipeline};
 use fantoccini::key::Key;
 use fantoccini::{Client, ClientBuilder, Locator};
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -400,6 +401,137 @@ async fn a_stranger_draws_cancels_restores_and_watches_a_run() {
     browser.set("#invent", "0").await;
     browser.click("#go").await;
     browser.until(&format!("{FINISHED} === 1")).await;
+    browser.nothing_went_wrong().await;
+}
+
+#[tokio::test]
+#[ignore = "it needs a browser: make test-page"]
+async fn classes_are_chosen_by_name_and_a_page_that_is_loaded_again_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    server::tiny(&dir.path().join("m.safetensors"), 3);
+    let config = Pipeline::load(&Device::open("cpu").unwrap(), dir.path().join("m.safetensors")).unwrap();
+    let config = config.net().config.clone();
+    server::write(&config, &dir.path().join("c.safetensors"), 4, |_| {});
+    fs::write(dir.path().join("names.txt"), "tench, Tinca tinca\ngoldfish\ngreat white shark, white shark\n").unwrap();
+    let models = ["--model", "c.safetensors", "--class-names", "names.txt", "--model", "m.safetensors"];
+    let server = Server::start(dir.path(), &models);
+    let browser = Browser::open(1360, 960, false).await;
+    browser.goto(&server).await;
+    let ready = "!document.getElementById('go').disabled && document.querySelector('#sets .tags input')";
+    browser.until(ready).await;
+    let hint = browser.run("return document.getElementById('tags-hint').textContent").await;
+    assert!(hint.as_str().unwrap().starts_with("Type to find one of the 5 classes"), "{hint}");
+
+    // By completion, by a number, by another name; an unknown one.
+    let enter = char::from(Key::Enter).to_string();
+    for (typed, chips) in [
+        ("gold", "goldfish"),
+        ("0", "goldfish|tench, Tinca tinca"),
+        ("White Shark", "goldfish|tench, Tinca tinca|great white shark, white shark"),
+        ("4", "goldfish|tench, Tinca tinca|great white shark, white shark|4"),
+    ] {
+        browser.type_into("#sets .tags input", typed).await;
+        browser.type_into("#sets .tags input", &enter).await;
+        browser.until(&format!("{CHIPS}.join('|') === '{chips}'")).await;
+    }
+    browser.type_into("#sets .tags input", "goldfsh").await;
+    browser.type_into("#sets .tags input", &enter).await;
+    let asked = "document.querySelector('.unknown')?.textContent.trim()";
+    browser.until(&format!("{asked} === 'There is no class “goldfsh”, did you mean goldfish'")).await;
+    browser.run("document.querySelector('#sets .tags input').value = ''; document.querySelector('#sets .tags input').dispatchEvent(new Event('input'))").await;
+    // One is left out, and one avoided; a second takes the place of the first.
+    browser.run("document.querySelectorAll('#sets .chip')[3].click()").await;
+    for class in ["3", "4"] {
+        browser.type_into("#negative input", class).await;
+        browser.type_into("#negative input", &enter).await;
+        browser.until(&format!("document.querySelector('#negative').textContent === '{class}'")).await;
+    }
+    browser.set("#seeds", "7-9").await;
+    browser.set("#steps", "3").await;
+    browser.click("#go").await;
+    browser.until(&format!("{FINISHED} === 3 && document.querySelectorAll('#gallery img').length === 3")).await;
+    browser.shoot("classes").await;
+    let sampled = |options: &[&str], out: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_edm2k"));
+        command.current_dir(dir.path()).args([
+            "sample",
+            "--device",
+            "cpu",
+            "--model",
+            "c.safetensors",
+            "--outdir",
+            out,
+        ]);
+        assert!(command.args(options).output().unwrap().status.success());
+        dir.path().join(out)
+    };
+    let out = sampled(
+        &[
+            "--class",
+            "1",
+            "--class",
+            "0",
+            "--class",
+            "2",
+            "--negative",
+            "4",
+            "--seeds",
+            "7-9",
+            "--steps",
+            "3",
+            "--class-names",
+            "names.txt",
+        ],
+        "out",
+    );
+    let shark = browser.picture(9).await;
+    assert!(shark == fs::read(out.join("000009.png")).unwrap(), "not what edm2k sample draws");
+
+    // Of a model of tags the field is one of tags, and nothing is left in it.
+    let choose = |name: &str| {
+        format!("const m = document.getElementById('model'); m.value = '{name}'; m.dispatchEvent(new Event('change'))")
+    };
+    browser.run(&choose("m")).await;
+    browser.until("document.getElementById('conditions-legend').textContent === 'Tags'").await;
+    browser.until(&format!("{CHIPS}.length === 0 && document.querySelector('#negative').textContent === ''")).await;
+    // The picture brings its model and classes back.
+    browser.drop_file("000009.png", &shark).await;
+    browser.until(&format!("{CHIPS}.join('|') === 'great white shark, white shark'")).await;
+    assert_eq!(browser.run("return document.querySelector('#negative').textContent").await, "4");
+    browser.run("document.querySelector('#negative .chip').click()").await;
+
+    // A class for each seed; then the page is loaded again while a job runs, which goes on.
+    browser.click("#any").await;
+    assert_eq!(browser.run("return document.getElementById('sets').hidden").await, true);
+    browser.set("#seeds", "0-3").await;
+    browser.click("#go").await;
+    browser.until(&format!("{FINISHED} === 4 && document.querySelectorAll('#gallery img').length === 7")).await;
+    let captions = "[...document.querySelectorAll('#gallery span')].map(s => s.textContent).join('|')";
+    let before = browser.run(&format!("return {captions}")).await;
+    browser.set("#steps", "1000").await;
+    browser.click("#go").await;
+    browser.until(&format!("{PREVIEWS} === 4")).await;
+    browser.nothing_went_wrong().await;
+    browser.goto(&server).await;
+    browser.until(ready).await;
+    browser.until(&format!("{PREVIEWS} === 4")).await;
+    assert_eq!(server.get("/api/v1/jobs").json().as_array().unwrap().len(), 1, "the job was cancelled");
+    browser.until(&format!("{captions} === {before}")).await;
+    let form = browser.run("return ['model', 'seeds', 'steps'].map(id => document.getElementById(id).value)").await;
+    assert_eq!(form, json!(["c", "0-3", "1000"]));
+    assert_eq!(browser.run("return document.getElementById('any').checked").await, true);
+    browser.click("#cancel").await;
+    browser.until("document.getElementById('progress-text').textContent.startsWith('Cancelled')").await;
+    browser.nothing_went_wrong().await;
+
+    // Another server on the same address has other jobs, which may have the same numbers.
+    let address = server.address.trim_end_matches('/').to_owned();
+    server.stop();
+    let server = Server::start_at(&address, dir.path(), &models);
+    server.post("/api/v1/generate?wait=true", &json!({"sampler": {"steps": 1}})).expect(200);
+    browser.goto(&server).await;
+    browser.until("!document.getElementById('go').disabled && document.getElementById('seeds').value === '0-3'").await;
+    assert_eq!(browser.run("return document.querySelectorAll('#gallery img').length").await, 0);
     browser.nothing_went_wrong().await;
 }
 

@@ -152,9 +152,9 @@ export async function choose(name) {
   $("model").value = name;
   const [takes, classes] = [model.tags !== "no" || model.classes > 0, model.classes > 0];
   $("conditions").hidden = !takes;
-  $("conditions-legend").textContent = classes ? `Classes, of ${model.classes}` : "Tags";
+  $("conditions-legend").textContent = classes ? "Classes" : "Tags";
   $("tags-hint").textContent = classes
-    ? "Type to find a class, Enter adds it. Each is drawn by itself."
+    ? `Type to find one of the ${model.classes} classes, Enter adds it. Each is drawn by itself.`
     : "Type to find a tag, Enter or a comma adds it. Without any, the model draws what it likes.";
   $("negative-hint").textContent = classes
     ? "A class to avoid: guidance leads away from it."
@@ -194,7 +194,7 @@ function addSet(tags = []) {
     field.node.remove();
     if (sets.length === 0) addSet();
   };
-  field.node.append(remove);
+  if (!vocabulary.classes) field.node.append(remove);
   $("sets").append(field.node);
   field.set(tags);
   return field;
