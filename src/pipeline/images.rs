@@ -4,12 +4,12 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Condition, Pipeline, PipelineError, Request, SOFTWARE, Viewer};
 use crate::backend::BackendError;
 use crate::pictures::Picture;
-use crate::sample::{Batch, SampleError};
+use crate::sample::{Batch, SampleError, Solver};
 
 /// One image that was made.
 #[derive(Clone, Debug)]
@@ -27,19 +27,51 @@ pub struct Image {
 }
 
 impl Image {
-    /// The PNG file of the picture, with its parameters in a text chunk: what `edm2k sample` writes.
+    /// The PNG file of the picture, with its parameters in text chunks: what `edm2k sample` writes.
     ///
     /// # Errors
     /// [`PipelineError::NoPicture`]: latents without an autoencoder have none. [`PipelineError::Png`]: it is too large for one.
     pub fn png(&self) -> Result<Vec<u8>, PipelineError> {
         let picture = self.picture.as_ref().ok_or(PipelineError::NoPicture)?;
-        picture.png(&text_of(&self.about.to_string())).map_err(PipelineError::Png)
+        let (about, infotext) = (self.about.to_string(), self.infotext(picture));
+        picture.png(&[&text_of(&about)[..], &[(INFOTEXT, &infotext)]].concat()).map_err(PipelineError::Png)
+    }
+
+    /// See [`infotext`].
+    pub(super) fn infotext(&self, picture: &Picture) -> String {
+        infotext(&self.about, [picture.height(), picture.width()])
     }
 }
 
-/// The text chunks of a PNG, as (keyword, text).
+/// The text chunks of every PNG, as (keyword, text).
 pub(super) fn text_of(about: &str) -> [(&str, &str); 2] {
     [("Software", SOFTWARE), ("edm2k", about)]
+}
+
+/// The text chunk in which AUTOMATIC1111's web UI, and the viewers and galleries that know it, look for parameters.
+pub(super) const INFOTEXT: &str = "parameters";
+
+/// What they read there of a picture of [height, width] pixels: the prompt, the negative one, and a line of settings.
+/// Who wants all of them exactly reads the chunk "edm2k".
+pub(crate) fn infotext(about: &Value, [height, width]: [usize; 2]) -> String {
+    let prompt = |condition: &Value| {
+        let said = ["asked", "tags", "name", "class"].into_iter().find_map(|key| condition.get(key));
+        said.map_or(String::new(), |said| said.as_str().map_or_else(|| said.to_string(), String::from))
+    };
+    let (condition, sampler) = (&about["condition"], &about["sampler"]);
+    let mut lines = vec![prompt(condition)];
+    lines.extend(condition.get("negative").map(|away| format!("Negative prompt: {}", prompt(away))));
+    let solver = serde_json::from_value(sampler["solver"].clone()).map_or("", Solver::title);
+    let model = about["model"].as_str().unwrap_or_default();
+    let model = model.rsplit_once('.').map_or(model, |(stem, _)| stem);
+    // What has a comma is written as JSON.
+    let model = if model.contains([',', '"', '\n']) { json!(model).to_string() } else { model.into() };
+    lines.push(format!(
+        "Steps: {}, Sampler: {solver}, Schedule type: Karras, CFG scale: {}, Seed: {}, Size: {width}x{height}, Model: {model}, \
+         Version: {SOFTWARE}",
+        sampler["steps"], sampler["guidance"], about["seed"],
+    ));
+    lines.join("\n")
 }
 
 /// What [`Images::watched`] is shown after each step of a batch.

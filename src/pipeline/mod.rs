@@ -35,10 +35,10 @@ pub use images::Spent;
 pub use images::{Image, Images, Step};
 #[doc(hidden)]
 pub use output::{Kept, OutDir, OutputError};
-#[cfg(feature = "serve")]
-pub(crate) use request::enough_seeds;
 pub use request::{Beginning, FewSeeds, NotTwo, Request};
 pub use viewer::Viewer;
+#[cfg(feature = "serve")]
+pub(crate) use {images::infotext, request::enough_seeds};
 
 use crate::backend::{BackendError, NetworkBackend};
 use crate::codec::{CodecError, CodecFile, LATENTS};

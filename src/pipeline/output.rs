@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::Image;
-use super::images::text_of;
+use super::images::{INFOTEXT, text_of};
 use crate::collective::Part;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, TensorOut};
 use crate::formats::{At, DirLock, FileError, LockError, input, transposed, write_atomically};
@@ -164,19 +164,21 @@ impl OutDir {
     /// [`OutputError::Meanwhile`], [`OutputError::Png`].
     pub fn save(&self, image: &Image, steps: &[Picture]) -> Result<()> {
         let (about, own) = (image.about.to_string(), &self.names[image.number]);
-        let save = |picture: &Picture, name: String| {
+        let save = |picture: &Picture, name: String, more: &[(&str, &str)]| {
             let path = self.dir.join(name);
             if !self.overwrite && path.symlink_metadata().is_ok() {
                 return Err(OutputError::Meanwhile { path });
             }
-            Ok(picture.save(&path, &text_of(&about))?)
+            Ok(picture.save(&path, &[&text_of(&about), more].concat())?)
         };
         if self.overwrite {
             // Those that are there are of another picture.
             drop(fs::remove_file(self.dir.join(steps_name(own))));
         }
-        image.picture.iter().try_for_each(|picture| save(picture, picture_name(own)))?;
-        if steps.is_empty() { Ok(()) } else { save(&Picture::grid(steps, steps.len()), steps_name(own)) }
+        if let Some(picture) = &image.picture {
+            save(picture, picture_name(own), &[(INFOTEXT, &image.infotext(picture))])?;
+        }
+        if steps.is_empty() { Ok(()) } else { save(&Picture::grid(steps, steps.len()), steps_name(own), &[]) }
     }
 
     /// The picture of image `number`, if some process has written it with the parameters `about`. A file with other

@@ -56,6 +56,17 @@ pub enum Solver {
     Euler,
 }
 
+impl Solver {
+    /// What other programs that draw call it.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Dpmpp2m => "DPM++ 2M",
+            Self::Heun => "Heun",
+            Self::Euler => "Euler",
+        }
+    }
+}
+
 /// Noise that is added back in each step (EDM, algorithm 2).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -21,6 +21,7 @@ use super::Server;
 use super::api::{Input, finished};
 use super::queue::{JobView, Stage};
 use super::request::{MAX_IMAGES, Offer, Refusal, RequestBody, SamplerBody};
+use crate::pipeline::infotext;
 use crate::sample::{SamplerConfig, Solver};
 
 type App = State<Arc<Server>>;
@@ -37,11 +38,11 @@ pub fn routes() -> Vec<(&'static str, MethodRouter<Arc<Server>>)> {
     ]
 }
 
-/// The names by which clients know each solver; the first is shown.
+/// The names by which clients know each solver, beside its title.
 const SAMPLERS: [(Solver, &[&str]); 3] = [
-    (Solver::Dpmpp2m, &["DPM++ 2M", "DPM++ 2M Karras", "dpmpp_2m", "k_dpmpp_2m"]),
-    (Solver::Heun, &["Heun", "heun", "k_heun"]),
-    (Solver::Euler, &["Euler", "euler", "k_euler"]),
+    (Solver::Dpmpp2m, &["DPM++ 2M Karras", "dpmpp_2m", "k_dpmpp_2m"]),
+    (Solver::Heun, &["k_heun"]),
+    (Solver::Euler, &["k_euler"]),
 ];
 
 /// The fields that mean something here.
@@ -107,8 +108,9 @@ fn chosen(app: &Server, name: Option<&str>) -> Result<(usize, Arc<Offer>), Refus
 
 fn solver(name: Option<&str>) -> Result<Solver, Refusal> {
     let Some(name) = name.filter(|name| !name.is_empty()) else { return Ok(SamplerConfig::default().solver) };
-    let known = SAMPLERS.iter().find(|(_, names)| names.iter().any(|known| known.eq_ignore_ascii_case(name)));
-    let all = || SAMPLERS.map(|(_, names)| names[0]).join(", ");
+    let is = |known: &str| known.eq_ignore_ascii_case(name);
+    let known = SAMPLERS.iter().find(|(solver, others)| is(solver.title()) || others.iter().any(|other| is(other)));
+    let all = || SAMPLERS.map(|(solver, _)| solver.title()).join(", ");
     known
         .map(|(solver, _)| *solver)
         .ok_or_else(|| Refusal::Invalid(format!("sampler {name:?}, expected one of {}", all())))
@@ -172,7 +174,7 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
         "height": height,
         "batch_size": asked.batch_size,
         "n_iter": asked.n_iter,
-        "sampler_name": name_of(sampler.solver),
+        "sampler_name": sampler.solver.title(),
     });
     let info = json!({
         "prompt": asked.prompt,
@@ -183,10 +185,11 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
         "all_seeds": job.request.seeds,
         "width": width,
         "height": height,
-        "sampler_name": name_of(sampler.solver),
+        "sampler_name": sampler.solver.title(),
         "cfg_scale": sampler.guidance,
         "steps": sampler.steps,
         "batch_size": images,
+        "infotexts": pictures.iter().map(|made| infotext(&made.parameters, [height, width])).collect::<Vec<_>>(),
         "sd_model_name": offer.name,
         "ignored": ignored,
     });
@@ -204,10 +207,6 @@ fn says_something(value: &Value) -> bool {
         Value::Object(all) => !all.is_empty(),
         _ => true,
     }
-}
-
-fn name_of(solver: Solver) -> &'static str {
-    SAMPLERS.iter().find(|(known, _)| *known == solver).map_or("", |(_, names)| names[0])
 }
 
 #[derive(Deserialize)]
@@ -270,7 +269,12 @@ async fn models(State(app): App) -> Json<Value> {
 }
 
 async fn samplers() -> Json<Value> {
-    Json(SAMPLERS.iter().map(|(_, names)| json!({"name": names[0], "aliases": names[1..], "options": {}})).collect())
+    Json(
+        SAMPLERS
+            .iter()
+            .map(|(solver, others)| json!({"name": solver.title(), "aliases": others, "options": {}}))
+            .collect(),
+    )
 }
 
 async fn options(State(app): App) -> Result<Json<Value>, Refusal> {

@@ -559,6 +559,22 @@ fn pictures_carry_their_parameters_and_are_never_overwritten_unasked() {
     });
     assert_eq!(about["sampler"], sampler);
     assert_eq!(bench.about("out/grid.png")["seeds"], json!([3, 0, 1, 2]));
+    // What other programs look for.
+    let infotext = |name: &str| {
+        let texts = png::read_text(&bench.path(name)).unwrap();
+        texts.into_iter().find(|(key, _)| key == "parameters").map(|(_, text)| text)
+    };
+    let settings = "Steps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 2.0";
+    let version = format!("Version: edm2k {}", env!("CARGO_PKG_VERSION"));
+    let expected = format!("heart, smiling face\n{settings}, Seed: 3, Size: 24x16, Model: m, {version}");
+    assert_eq!(infotext("out/000003.png"), Some(expected));
+    assert_eq!((infotext("out/grid.png"), infotext("out/000003-steps.png")), (None, None));
+    bench.sample("--outdir away --tags |(cat:1.2)| --negative dog --solver heun").success();
+    let expected = format!(
+        "(cat:1.2)\nNegative prompt: dog\nSteps: 2, Sampler: Heun, Schedule type: Karras, CFG scale: 5.0, Seed: 0, \
+         Size: 16x16, Model: m, {version}"
+    );
+    assert_eq!(infotext("away/000000.png"), Some(expected));
 
     let before = fs::read(bench.path("out/000003.png")).unwrap();
     bench.fails(arguments, "exists; give --overwrite");

@@ -735,6 +735,11 @@ fn clients_of_a1111_are_served() {
     let info: Value = serde_json::from_str(answer["info"].as_str().unwrap()).unwrap();
     assert_eq!(info["all_seeds"], json!([5, 6]));
     assert_eq!(info["ignored"], json!(["prompt_2", "subseed"]));
+    let infotexts = info["infotexts"].as_array().unwrap();
+    assert_eq!(infotexts.len(), 2);
+    let expected = "cat, red\nNegative prompt: (dog:1.2)\nSteps: 3, Sampler: Heun, Schedule type: Karras, CFG scale: 2.0, \
+                    Seed: 6, Size: 16x16, Model: n, Version: edm2k ";
+    assert!(infotexts[1].as_str().unwrap().starts_with(expected), "{infotexts:?}");
 
     assert_eq!(server.post("/sdapi/v1/options", &json!({"sd_model_checkpoint": "n"})).status, 200);
     assert_eq!(get("/sdapi/v1/options")["sd_model_checkpoint"], "n");
