@@ -135,7 +135,7 @@ impl<'a, T> Dst<'a, T> {
 }
 
 /// Which threads a matrix product may use.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Threads {
     /// The calling one.
     One,

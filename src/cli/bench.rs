@@ -202,8 +202,13 @@ impl Bench<'_> {
         if self.net.config.img_channels == LATENTS {
             self.decoding(&mut Cpu::<f32, ()>::for_codec().with_bf16(bf16), &|_| peak_mib())?;
         }
-        let mut b = Cpu::<f32>::for_training(&self.table, 0);
-        self.training(&mut b, 1, 1, &|_| peak_mib())
+        // Training is in f32 unless it is told otherwise.
+        let ways: &[_] = if bf16 { &[(false, ", f32"), (true, "")] } else { &[(false, "")] };
+        for &(bf16, numbers) in ways {
+            let mut b = Cpu::<f32>::for_training(&self.table, 0).with_bf16(bf16);
+            self.training(&mut b, 1, 1, numbers, &|_| peak_mib())?;
+        }
+        Ok(())
     }
 
     /// An SD-VAE of the published size, with random weights, makes an image of a latent.
@@ -252,7 +257,7 @@ impl Bench<'_> {
             }
         }
         let mut b = Gpu::for_training(runtime, math, &self.table, 0)?;
-        self.training(&mut b, self.args.batch_gpu as usize, 2, &memory)?;
+        self.training(&mut b, self.args.batch_gpu as usize, 2, "", &memory)?;
         if self.args.kernels {
             self.time_kernels(&mut b, "training", &MicroBatchPlan { dropout: 0.0 })?;
         }
@@ -304,12 +309,13 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// A step of `rounds` micro-batches of `n` images.
+    /// A step of `rounds` micro-batches of `n` images; `numbers` ends its name.
     fn training<B: TrainingBackend>(
         &mut self,
         b: &mut B,
         n: usize,
         rounds: usize,
+        numbers: &str,
         memory: &dyn Fn(&B) -> Option<f64>,
     ) -> Result<()> {
         load_random(b, &self.table, Normalization::Train { rounds })?;
@@ -331,7 +337,7 @@ impl Bench<'_> {
             Ok(())
         };
         let times = self.time(&mut run)?;
-        self.row(format!("training step, batch {}", n * rounds), [macs, total], times, memory(b));
+        self.row(format!("training step, batch {}{numbers}", n * rounds), [macs, total], times, memory(b));
         Ok(())
     }
 

@@ -209,7 +209,7 @@ fn sample(args: &SampleArgs) -> anyhow::Result<()> {
     let data = args.data.as_ref().map(|dir| Dataset::open(dir, Split::Train)).transpose().context("--data")?;
     if let Some((data, dir)) = data.as_ref().zip(args.data.as_ref()) {
         let ours = Domain::of_condition_model(&vae);
-        Domain::of_dataset(data).check(dir.display(), &ours, args.model.display()).context("--data")?;
+        Domain::of_dataset(data).check_given(dir.display(), &ours, args.model.display()).context("--data")?;
     }
     let invented = vae.invent(&given, args.count.into(), args.seed);
     for (number, (condition, tags)) in invented.conditions.chunks(width).zip(&invented.tags).enumerate() {

@@ -104,7 +104,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     doubt(&data).iter().filter(|_| ranks.first()).for_each(|warning| note!("{warning}"));
     let (config, dir) = (&model.net.config, args.data.display());
     let (theirs, ours) = (Domain::of_dataset(&data), Domain::of_model(config, &model.meta));
-    theirs.check(&dir, &ours, args.model.display())?;
+    theirs.check_given(&dir, &ours, args.model.display())?;
     let unknown = theirs.doubt(&dir, &ours, args.model.display()).filter(|_| !learned_from(&model.meta, &args.data));
     unknown.iter().filter(|_| ranks.first()).for_each(|warning| note!("warning: {warning}"));
     config.check_sizes(&data.sizes()).with_context(|| dir.to_string())?;

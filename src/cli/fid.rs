@@ -205,7 +205,7 @@ impl References<'_> {
             args.sampler.without_guide(&mut self.sampler).iter().for_each(|text| note!("{text}"));
         }
         let dir = args.data.display();
-        Domain::of_dataset(&self.data).check(&dir, &pipeline.domain(), model.display())?;
+        Domain::of_dataset(&self.data).check_given(&dir, &pipeline.domain(), model.display())?;
         let count = args.count as usize;
         let numbers: Vec<usize> = (0..count.min(args.batch.into())).collect();
         for size in self.data.sizes() {

@@ -13,13 +13,26 @@
 //! ```
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::vocabulary::VocabularyError;
-use crate::formats::{At, input};
+use crate::formats::{At, FileError, input};
+
+/// What stands for a class that the seed draws, instead of a name.
+pub const ANY: &str = "random";
 
 /// Longest text that is compared with names.
 const LONGEST: usize = 200;
+
+/// Why a file has no names of classes.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+#[non_exhaustive]
+pub enum ClassesError {
+    #[error("{0}")]
+    Io(#[from] FileError),
+    #[error("{}: line {line} has a control character, expected names", path.display())]
+    Control { path: PathBuf, line: usize },
+}
 
 /// Why a text names no class.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -38,6 +51,8 @@ pub enum ClassError {
 #[derive(Clone, Debug, Default)]
 pub struct Classes {
     lines: Vec<String>,
+    /// The classes of each line.
+    whole: HashMap<String, Vec<usize>>,
     /// The classes of each name, in lower case.
     named: HashMap<String, Vec<usize>>,
 }
@@ -46,20 +61,30 @@ impl Classes {
     /// Reads a file of names.
     ///
     /// # Errors
-    /// [`VocabularyError::Io`]: the file cannot be read, or is no text.
-    pub fn load(path: &Path) -> Result<Self, VocabularyError> {
+    /// [`ClassesError`]: the file cannot be read, or is no text of names.
+    pub fn load(path: &Path) -> Result<Self, ClassesError> {
         let text = input::text(path).at(path)?;
-        Ok(Self::new(text.lines()))
+        // They would go into pictures' text chunks, which must not have them.
+        match text.lines().position(|line| line.contains(char::is_control)) {
+            Some(line) => Err(ClassesError::Control { path: path.into(), line: line + 1 }),
+            None => Ok(Self::new(text.lines())),
+        }
     }
 
     /// The names in the lines of such a file.
     pub fn new<'a>(lines: impl IntoIterator<Item = &'a str>) -> Self {
         let mut classes = Self::default();
         for (number, line) in lines.into_iter().enumerate() {
-            classes.lines.push(line.trim().into());
+            let line = line.trim().to_owned();
+            classes.whole.entry(line.clone()).or_default().push(number);
             for name in line.split(',').map(|name| name.trim().to_lowercase()).filter(|name| !name.is_empty()) {
-                classes.named.entry(name).or_default().push(number);
+                let of_name = classes.named.entry(name).or_default();
+                // A line may have a name twice.
+                if of_name.last() != Some(&number) {
+                    of_name.push(number);
+                }
             }
+            classes.lines.push(line);
         }
         classes
     }
@@ -79,21 +104,24 @@ impl Classes {
         self.lines.get(class).map(String::as_str)
     }
 
-    /// A text by which [`Classes::find`] finds this class: its line, or its number where another class has the same line.
+    /// A text by which [`Classes::find`] finds this class and which is not [`ANY`]: its line, or its number where that says
+    /// nothing or something else.
     pub fn label(&self, class: usize) -> String {
-        let line = self.name(class).filter(|line| !line.is_empty() && self.find(line) == Ok(class));
-        line.map_or_else(|| class.to_string(), String::from)
+        let says = |line: &&str| !line.is_empty() && *line != ANY && self.find(line) == Ok(class);
+        self.name(class).filter(says).map_or_else(|| class.to_string(), String::from)
     }
 
-    /// The classes that have a name like this text, at most `most`, the most alike first.
-    pub fn nearest(&self, text: &str, most: usize) -> Vec<usize> {
-        let mut classes = Vec::new();
-        for name in self.alike(text) {
-            let all = &self.named[name];
-            classes.extend(all.iter().filter(|class| !classes.contains(*class)).copied().collect::<Vec<_>>());
+    /// The classes below `classes` that have a name like this text, at most `most`, the most alike first.
+    pub fn nearest(&self, text: &str, classes: usize, most: usize) -> Vec<usize> {
+        let mut nearest = Vec::new();
+        for class in self.alike(text).into_iter().flat_map(|name| &self.named[name]).filter(|&&class| class < classes) {
+            if nearest.len() == most {
+                break;
+            } else if !nearest.contains(class) {
+                nearest.push(*class);
+            }
         }
-        classes.truncate(most);
-        classes
+        nearest
     }
 
     /// Names like this text, in lower case, the most alike first.
@@ -108,19 +136,17 @@ impl Classes {
         scored.into_iter().map(|(_, name)| name).collect()
     }
 
-    /// The class of a number, of a whole line, or of one of a line's names.
+    /// The class of a number, of a whole line, or of one of a line's names. Commas and white space around it do not count.
     ///
     /// # Errors
     /// See [`ClassError`].
     pub fn find(&self, text: &str) -> Result<usize, ClassError> {
+        let text = text.trim_matches(|c: char| c == ',' || c.is_whitespace());
         if let Ok(number) = text.parse() {
             return Ok(number);
         }
-        if let Some(number) = self.lines.iter().position(|line| line == text) {
-            return Ok(number);
-        }
-        let (name, lower) = (text.to_owned(), text.to_lowercase());
-        match self.named.get(&lower).map(Vec::as_slice) {
+        let name = text.to_owned();
+        match self.whole.get(text).or_else(|| self.named.get(&text.to_lowercase())).map(Vec::as_slice) {
             Some([one]) => Ok(*one),
             Some(several) => Err(ClassError::Several { name, classes: several.into() }),
             None if self.is_empty() => Err(ClassError::NoNames(name)),
@@ -147,18 +173,39 @@ mod tests {
         assert_eq!(refused(&classes, "zeppelin"), "unknown class \"zeppelin\"");
         assert_eq!(refused(&Classes::default(), "cat"), "\"cat\" is no number, and there are no names of classes");
         assert_eq!((classes.name(1), classes.name(4), classes.len()), (Some("goldfish"), None, 4));
-        assert_eq!(classes.nearest("cranes", 8), [2, 3]);
-        assert_eq!(classes.nearest("cranes", 1), [2]);
-        assert_eq!(classes.nearest(&"crane".repeat(100), 8), []);
+        assert_eq!(classes.nearest("cranes", 4, 8), [2, 3]);
+        assert_eq!(classes.nearest("cranes", 4, 1), [2]);
+        assert_eq!(classes.nearest("cranes", 3, 8), [2], "there are three classes");
+        assert!(classes.nearest(&"crane".repeat(100), 4, 8).is_empty());
+        assert_eq!(classes.find(" tench, "), Ok(0));
+        assert_eq!(Classes::new(["pug, Pug", "7"]).find("Pug"), Ok(0), "a name twice");
+        assert_eq!(
+            refused(&Classes::new(["crane", "crane"]), "crane"),
+            "\"crane\" is the name of several classes: 0, 1"
+        );
     }
 
     #[test]
     fn a_label_finds_its_class() {
-        let classes = Classes::new(["tench, Tinca tinca", "crane", "crane", "", "7", "tench"]);
-        let labels: Vec<_> = (0..7).map(|class| classes.label(class)).collect();
-        assert_eq!(labels, ["tench, Tinca tinca", "crane", "2", "3", "4", "tench", "6"]);
+        let classes = Classes::new(["tench, Tinca tinca", "crane", "crane", "", "7", "tench", ANY]);
+        let labels: Vec<_> = (0..8).map(|class| classes.label(class)).collect();
+        assert_eq!(labels, ["tench, Tinca tinca", "1", "2", "3", "4", "tench", "6", "7"]);
         for (class, label) in labels.iter().enumerate() {
             assert_eq!(classes.find(label), Ok(class));
         }
+    }
+
+    #[test]
+    fn names_are_text() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("names.txt");
+        let refused = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            Classes::load(&path).unwrap_err().to_string()
+        };
+        assert!(refused("tench\ngold\0fish\n").ends_with("names.txt: line 2 has a control character, expected names"));
+        assert!(refused("tench\rgoldfish\r").ends_with("line 1 has a control character, expected names"));
+        std::fs::write(&path, "tench\r\ngoldfish\r\n").unwrap();
+        assert_eq!(Classes::load(&path).unwrap().find("goldfish"), Ok(1));
     }
 }

@@ -1,7 +1,7 @@
 //! PNG files that carry the parameters they were made with as text chunks.
 //!
 //! Text is stored as iTXt (UTF-8, so any prompt survives) before the pixels; `exiftool`,
-//! ImageMagick's `identify -verbose` and Python's PIL show it.
+//! ImageMagick's `identify -verbose` and Python's PIL show it. [`PARAMETERS`] is tEXt where that has all its letters.
 //!
 //! ```
 //! use edm2k::pictures::Picture;
@@ -19,6 +19,10 @@ use std::path::{Path, PathBuf};
 
 use super::Picture;
 use crate::formats::{At, FileError, input, write_atomically};
+
+/// The keyword under which AUTOMATIC1111's web UI, and the viewers and galleries that know it, look for parameters. Some of
+/// them know tEXt alone.
+pub const PARAMETERS: &str = "parameters";
 
 /// What can go wrong with a PNG file.
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +66,11 @@ impl Picture {
         // This makes files a few hundredths larger than the usual level does, in an eighth of the time or less.
         encoder.set_compression(png::Compression::Fast);
         for (keyword, text) in text {
-            encoder.add_itxt_chunk((*keyword).into(), (*text).into())?;
+            let latin1 = text.chars().all(|letter| u32::from(letter) < 0x100);
+            match *keyword == PARAMETERS && latin1 {
+                true => encoder.add_text_chunk((*keyword).into(), (*text).into())?,
+                false => encoder.add_itxt_chunk((*keyword).into(), (*text).into())?,
+            }
         }
         let mut writer = encoder.write_header()?;
         writer.write_image_data(&self.rgb)?;

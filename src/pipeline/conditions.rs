@@ -347,7 +347,7 @@ impl Pipeline {
             };
             let Some(i) = data.find(id) else { continue };
             let theirs = Domain::of_conditions(data.condition_dim(), data.meaning());
-            theirs.check(dir.display(), &self.domain(), self.path.display())?;
+            theirs.check_given(dir.display(), &self.domain(), self.path.display())?;
             let condition = Condition::of_image(&data, i, dir, split);
             let doubt = theirs.doubt(dir.display(), &self.domain(), self.path.display());
             self.warnings.extend(doubt.filter(|_| !learned_from(&self.meta, dir)));
@@ -360,14 +360,13 @@ impl Pipeline {
     /// with a warning.
     ///
     /// # Errors
-    /// [`ConditionError`]: the file cannot be read, or the model's conditions are no classes.
-    pub fn with_class_names(mut self, path: impl AsRef<Path>) -> Result<Self> {
-        let (classes, path) = (self.classes()?, path.as_ref());
-        self.class_names = Classes::load(path)?;
-        let found = self.class_names.len();
+    /// [`ConditionError`]: the model's conditions are no classes.
+    pub fn with_class_names(mut self, names: Classes) -> Result<Self> {
+        let (classes, found, model) = (self.classes()?, names.len(), self.path.display());
         if found != classes {
-            self.warnings.push(format!("{}: {found} classes, but the model has {classes}", path.display()));
+            self.warnings.push(format!("{found} names of classes, but {model} has {classes}"));
         }
+        self.class_names = names;
         Ok(self)
     }
 
@@ -400,8 +399,9 @@ impl Pipeline {
         let (model, classes) = (self.path.clone(), self.classes()?);
         let mut values = vec![0.0; classes];
         *values.get_mut(class).ok_or(ConditionError::NoSuchClass { model, class, classes })? = 1.0;
-        let condition = Condition::new(values, [("class", class.into())]);
-        Ok(match self.class_names.name(class) {
+        let (condition, number) = (Condition::new(values, [("class", class.into())]), class.to_string());
+        let name = Some(self.class_names.label(class)).filter(|label| *label != number);
+        Ok(match name {
             Some(name) => condition.named("name", name),
             None => condition,
         })

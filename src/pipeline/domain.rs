@@ -35,6 +35,10 @@ pub enum Mismatch {
     Images { name: String, other: String, found: &'static str, expected: &'static str },
     #[error("{name}: its images have {found} channels, those of {other} have {expected}")]
     Channels { name: String, other: String, found: usize, expected: usize },
+    #[error("{name}: its images have no conditions, which {other} takes")]
+    NoConditions { name: String, other: String },
+    #[error("{name}: it takes conditions, {other} none")]
+    Unconditional { name: String, other: String },
     #[error("{name}: its conditions are {found} wide, those of {other} are {expected} wide")]
     Width { name: String, other: String, found: usize, expected: usize },
     #[error("{0}")]
@@ -83,6 +87,28 @@ impl Domain {
     /// The first difference.
     pub fn check(&self, name: impl Display, other: &Self, other_name: impl Display) -> Result<(), Mismatch> {
         self.differences(name, other, other_name).into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// The same for conditions, or images with conditions, that a model is to be given: a model that takes some needs them.
+    ///
+    /// # Errors
+    /// As [`Domain::check`].
+    pub fn check_given(&self, name: impl Display, model: &Self, model_name: impl Display) -> Result<(), Mismatch> {
+        if self.width == 0 && model.width > 0 {
+            return Err(Mismatch::NoConditions { name: name.to_string(), other: model_name.to_string() });
+        }
+        self.check(name, model, model_name)
+    }
+
+    /// The same for a network that is to guide a model: it may do without conditions, but has no others than the model's.
+    ///
+    /// # Errors
+    /// As [`Domain::check`].
+    pub fn check_guide(&self, name: impl Display, model: &Self, model_name: impl Display) -> Result<(), Mismatch> {
+        if self.width > 0 && model.width == 0 {
+            return Err(Mismatch::Unconditional { name: name.to_string(), other: model_name.to_string() });
+        }
+        self.check(name, model, model_name)
     }
 
     /// A warning, if both are of features and nobody knows whether one network made them.

@@ -2,14 +2,17 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Condition, Pipeline, PipelineError, Request, SOFTWARE, Viewer};
 use crate::backend::BackendError;
 use crate::pictures::Picture;
-use crate::sample::{Batch, SampleError, Solver};
+use crate::pictures::png::PARAMETERS;
+use crate::sample::{Batch, SampleError, SamplerConfig};
 
 /// One image that was made.
 #[derive(Clone, Debug)]
@@ -34,7 +37,7 @@ impl Image {
     pub fn png(&self) -> Result<Vec<u8>, PipelineError> {
         let picture = self.picture.as_ref().ok_or(PipelineError::NoPicture)?;
         let (about, infotext) = (self.about.to_string(), self.infotext(picture));
-        picture.png(&[&text_of(&about)[..], &[(INFOTEXT, &infotext)]].concat()).map_err(PipelineError::Png)
+        picture.png(&[&text_of(&about)[..], &[(PARAMETERS, &infotext)]].concat()).map_err(PipelineError::Png)
     }
 
     /// See [`infotext`].
@@ -48,30 +51,51 @@ pub(super) fn text_of(about: &str) -> [(&str, &str); 2] {
     [("Software", SOFTWARE), ("edm2k", about)]
 }
 
-/// The text chunk in which AUTOMATIC1111's web UI, and the viewers and galleries that know it, look for parameters.
-pub(super) const INFOTEXT: &str = "parameters";
-
-/// What they read there of a picture of [height, width] pixels: the prompt, the negative one, and a line of settings.
-/// Who wants all of them exactly reads the chunk "edm2k".
+/// A picture of [height, width] pixels as AUTOMATIC1111's web UI describes one, and programs that know it read: the prompt,
+/// the negative prompt, and a line of settings. It has no words for some conditions; all of it is in the chunk "edm2k".
 pub(crate) fn infotext(about: &Value, [height, width]: [usize; 2]) -> String {
     let prompt = |condition: &Value| {
         let said = ["asked", "tags", "name", "class"].into_iter().find_map(|key| condition.get(key));
         said.map_or(String::new(), |said| said.as_str().map_or_else(|| said.to_string(), String::from))
     };
     let (condition, sampler) = (&about["condition"], &about["sampler"]);
-    let mut lines = vec![prompt(condition)];
-    lines.extend(condition.get("negative").map(|away| format!("Negative prompt: {}", prompt(away))));
-    let solver = serde_json::from_value(sampler["solver"].clone()).map_or("", Solver::title);
-    let model = about["model"].as_str().unwrap_or_default();
-    let model = model.rsplit_once('.').map_or(model, |(stem, _)| stem);
-    // What has a comma is written as JSON.
-    let model = if model.contains([',', '"', '\n']) { json!(model).to_string() } else { model.into() };
-    lines.push(format!(
-        "Steps: {}, Sampler: {solver}, Schedule type: Karras, CFG scale: {}, Seed: {}, Size: {width}x{height}, Model: {model}, \
-         Version: {SOFTWARE}",
-        sampler["steps"], sampler["guidance"], about["seed"],
-    ));
-    lines.join("\n")
+    let (made, usual) = (SamplerConfig::deserialize(sampler).unwrap_or_default(), SamplerConfig::default());
+    let mut settings = vec![
+        ("Steps", json!(made.steps)),
+        ("Sampler", made.solver.title().into()),
+        ("Schedule type", "Karras".into()),
+        ("CFG scale", made.guidance.into()),
+        ("Seed", about["seed"].clone()),
+        ("Size", format!("{width}x{height}").into()),
+        ("Model", stem(&about["model"])),
+    ];
+    let unusual = [
+        ("Denoising strength", json!(made.strength), made.strength != usual.strength),
+        ("Schedule rho", json!(made.rho), made.rho != usual.rho),
+        ("Schedule min sigma", json!(made.sigma_min), made.sigma_min != usual.sigma_min),
+        ("Schedule max sigma", json!(made.sigma_max), made.sigma_max != usual.sigma_max),
+        ("Sigma churn", json!(made.churn.s_churn), made.churn.s_churn != 0.0),
+        ("Guidance interval", json!(made.guidance_interval), made.guidance_interval.is_some()),
+        ("Guiding network", stem(&about["gnet"]), about.get("gnet").is_some()),
+        ("Variation seed", about["towards"]["seed"].clone(), about.get("towards").is_some()),
+        ("Variation seed strength", about["towards"]["share"].clone(), about.get("towards").is_some()),
+    ];
+    settings.extend(unusual.into_iter().filter(|(.., is)| *is).map(|(key, value, _)| (key, value)));
+    settings.push(("Version", SOFTWARE.into()));
+    // Readers split the line at commas and take what is in quotes for JSON.
+    let shown = |value: &Value| match value.as_str() {
+        Some(text) if !text.contains([',', '"', '\n']) => text.to_owned(),
+        None if value.is_array() => json!(value.to_string()).to_string(),
+        _ => value.to_string(),
+    };
+    let settings: Vec<_> = settings.iter().map(|(key, value)| format!("{key}: {}", shown(value))).collect();
+    let negative = condition.get("negative").map(|away| format!("Negative prompt: {}", prompt(away)));
+    [Some(prompt(condition)), negative, Some(settings.join(", "))].into_iter().flatten().collect::<Vec<_>>().join("\n")
+}
+
+/// A file's name without its ending.
+fn stem(name: &Value) -> Value {
+    Path::new(name.as_str().unwrap_or_default()).file_stem().unwrap_or_default().to_string_lossy().into()
 }
 
 /// What [`Images::watched`] is shown after each step of a batch.
@@ -246,5 +270,37 @@ impl Iterator for Images<'_> {
         }
         let (number, values) = self.made.pop_front()?;
         Some(self.image(number, values))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_programs_read_what_differs_from_the_usual() {
+        let mut about = json!({"model": "a,b.c.safetensors", "seed": 7, "sampler": SamplerConfig::default()});
+        let said = |about: &Value| infotext(about, [704, 512]);
+        let usual = "Steps: 16, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5.0, Seed: 7, Size: 512x704, \
+                     Model: \"a,b.c\"";
+        assert_eq!(said(&about), format!("\n{usual}, Version: {SOFTWARE}"));
+        for (condition, prompt) in [
+            (json!({"asked": "cat", "tags": "cat, face"}), "cat"),
+            (json!({"class": 3, "name": "shark"}), "shark"),
+            (json!({"class": 3}), "3"),
+            (json!({"tags": "dog", "negative": {"class": 4}}), "dog\nNegative prompt: 4"),
+        ] {
+            about["condition"] = condition;
+            assert_eq!(said(&about), format!("{prompt}\n{usual}, Version: {SOFTWARE}"));
+        }
+        about["condition"] = Value::Null;
+        about["gnet"] = "g.pkl".into();
+        about["towards"] = json!({"seed": 9, "share": 0.25});
+        about["sampler"]["strength"] = 0.3.into();
+        about["sampler"]["rho"] = 6.0.into();
+        about["sampler"]["guidance_interval"] = json!([0.5, 20.0]);
+        let unusual = "Denoising strength: 0.3, Schedule rho: 6.0, Guidance interval: \"[0.5,20.0]\", Guiding network: g, \
+                       Variation seed: 9, Variation seed strength: 0.25";
+        assert_eq!(said(&about), format!("\n{usual}, {unusual}, Version: {SOFTWARE}"));
     }
 }

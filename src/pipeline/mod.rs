@@ -174,7 +174,7 @@ impl Pipeline {
         let mut guide = Model::load(path)?;
         self.warnings.append(&mut guide.doubts);
         let theirs = Domain::of_model(&guide.net.config, &guide.meta);
-        theirs.check(path.display(), &self.domain(), self.path.display())?;
+        theirs.check_guide(path.display(), &self.domain(), self.path.display())?;
         self.guide = Some(path.into());
         self.guide_is_conditional = guide.net.config.label_dim > 0;
         self.weights.push(guide);
@@ -319,10 +319,11 @@ impl Pipeline {
         config.check_size(size[0], size[1]).map_err(SampleError::from)?;
         request.check_counts(config.label_dim, size[0] * size[1] * config.img_channels)?;
         let (negative, guided) = (request.has_negative(), request.sampler.guidance != 1.0);
-        match self.guide.clone().filter(|_| negative && !self.guide_is_conditional) {
-            _ if negative && !guided => return Err(PipelineError::UnusedNegative),
-            Some(guide) => return Err(PipelineError::NegativeOfGuide { guide }),
-            None => {}
+        if negative && !guided {
+            return Err(PipelineError::UnusedNegative);
+        }
+        if let Some(guide) = self.guide.as_ref().filter(|_| negative && !self.guide_is_conditional) {
+            return Err(PipelineError::NegativeOfGuide { guide: guide.clone() });
         }
         let images = request.seeds.len().min(request.batch);
         check_forward(&self.device, config, size, images, request.sampler.copies(self.guide.is_none()))?;

@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::Image;
-use super::images::{INFOTEXT, text_of};
+use super::images::text_of;
 use crate::collective::Part;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, TensorOut};
 use crate::formats::{At, DirLock, FileError, LockError, input, transposed, write_atomically};
-use crate::pictures::png::{PngError, read_text};
+use crate::pictures::png::{PARAMETERS, PngError, read_text};
 use crate::pictures::{Picture, decode};
 
 /// Why images cannot be written.
@@ -176,7 +176,7 @@ impl OutDir {
             drop(fs::remove_file(self.dir.join(steps_name(own))));
         }
         if let Some(picture) = &image.picture {
-            save(picture, picture_name(own), &[(INFOTEXT, &image.infotext(picture))])?;
+            save(picture, picture_name(own), &[(PARAMETERS, &image.infotext(picture))])?;
         }
         if steps.is_empty() { Ok(()) } else { save(&Picture::grid(steps, steps.len()), steps_name(own), &[]) }
     }

@@ -134,12 +134,10 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
     });
     let last = first.saturating_add(images as u64 - 1);
     let side = |pixels: Option<usize>| pixels.map(|pixels| pixels.div_ceil(offer.factor));
-    let prompt = || vec![asked.prompt.trim().to_owned()];
-    let (tags, classes) = match asked.prompt.split(',').any(|tag| !tag.trim().is_empty()) {
-        false => (Vec::new(), Vec::new()),
-        true if offer.classes.is_some() => (Vec::new(), prompt()),
-        true => (prompt(), Vec::new()),
-    };
+    // Commas alone are nothing.
+    let said = |text: &str| Some(text.to_owned()).filter(|text| text.split(',').any(|tag| !tag.trim().is_empty()));
+    let (prompt, none) = (said(&asked.prompt).into_iter().collect(), Vec::new());
+    let (tags, classes) = if offer.classes.is_some() { (none, prompt) } else { (prompt, none) };
     let usual = SamplerConfig::default();
     let (solver, guidance) = (solver(sampler_name)?, asked.cfg_scale.unwrap_or(usual.guidance));
     let config = SamplerConfig { solver, steps: asked.steps, guidance, ..usual };
@@ -149,7 +147,7 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
         model: Some(offer.name.clone()),
         tags,
         classes,
-        negative: if unguided { String::new() } else { asked.negative_prompt.clone() },
+        negative: said(&asked.negative_prompt).filter(|_| !unguided).unwrap_or_default(),
         seeds: Some(format!("{first}-{last}")),
         width: side(asked.width),
         height: side(asked.height),

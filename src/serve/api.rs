@@ -210,7 +210,8 @@ async fn vocabulary(State(app): App, Query(of): Query<OfModel>) -> Result<Respon
     let tags: Vec<Value> = match &offer.classes {
         Some(names) => {
             let all = || (0..offer.config.label_dim).collect();
-            let classes: Vec<usize> = near.map_or_else(all, |text| names.nearest(&text, NEAREST));
+            let near = near.map(|text| names.nearest(&text, offer.config.label_dim, NEAREST));
+            let classes: Vec<usize> = near.unwrap_or_else(all);
             classes.into_iter().map(|class| json!({"tag": names.label(class), "count": null})).collect()
         }
         None => {

@@ -71,7 +71,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use crate::Device;
 use crate::codec::{CodecError, CodecFile};
 use crate::condition::Conditioning;
-use crate::condition::classes::Classes;
+use crate::condition::classes::{Classes, ClassesError};
 use crate::condition::vae::{Vae, VaeError};
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::formats::fingerprint::name;
@@ -129,6 +129,14 @@ pub struct Files {
     pub tagger_node: Option<String>,
 }
 
+impl Files {
+    /// Those that are no models.
+    fn beside_models(&self) -> [Option<&PathBuf>; 6] {
+        let Self { vae, preview, guide, class_names, condition_model, tagger, .. } = self;
+        [vae, preview, guide, class_names, condition_model, tagger].map(Option::as_ref)
+    }
+}
+
 /// What a server is started with.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -170,7 +178,7 @@ pub enum ServeError {
     #[error("{0}")]
     Model(#[from] ModelError),
     #[error("{0}")]
-    ClassNames(#[from] VocabularyError),
+    ClassNames(#[from] ClassesError),
     #[error("{0}")]
     ConditionModel(#[from] VaeError),
     #[error("{0}")]
@@ -205,7 +213,7 @@ impl Server {
     fn snapshot(&self, name: &str) -> Result<Arc<Offer>, Refusal> {
         let path = self.runs.as_ref().and_then(|runs| runs.snapshot(name));
         let path = path.ok_or_else(|| Refusal::NotFound(format!("model {name:?}")))?;
-        let failed = |error: &dyn std::fmt::Display| Refusal::Failed(without_path(error, &path, name));
+        let failed = |error: &dyn std::fmt::Display| Refusal::Failed(without_paths(error, [(&*path, name)]));
         let about = fs::metadata(&path).map_err(|error| failed(&format!("{name}: {error}")))?;
         let stamp = (about.len(), system::changed(&about));
         let mut known = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
@@ -223,9 +231,9 @@ impl Server {
     }
 }
 
-/// What clients are told of an error with a model's file. Where the file lies is nobody's business.
-fn without_path(error: &dyn std::fmt::Display, path: &Path, name: &str) -> String {
-    error.to_string().replace(&*path.to_string_lossy(), name)
+/// What clients are told of an error with files, each with its name. Where files lie is nobody's business.
+fn without_paths<'a>(error: &dyn std::fmt::Display, files: impl IntoIterator<Item = (&'a Path, &'a str)>) -> String {
+    files.into_iter().fold(error.to_string(), |text, (path, name)| text.replace(&*path.to_string_lossy(), name))
 }
 
 /// What there is to be used with a model.
@@ -278,19 +286,17 @@ impl Shelf {
             _ => return Err(ServeError::NoPicture { model, channels }),
         };
         let domain = Domain::of_model(&config, &meta);
-        let mut misfits = Misfits::default();
-        let mut fits = |theirs: &Domain, what: &str, why: fn(&mut Misfits) -> &mut Option<String>| {
-            let mismatch = theirs.check(what, &domain, &name).err().map(|mismatch| mismatch.to_string());
-            let fits = mismatch.is_none();
-            *why(&mut misfits) = mismatch;
-            fits
-        };
-        let guide = self.guide.as_ref().filter(|(_, theirs)| fits(theirs, "the gnet", |why| &mut why.guide));
-        let guide = guide.map(|(guide, _)| guide.clone());
         let inventor = self.condition_model.as_ref().filter(|_| config.label_dim > 0);
-        let invented = inventor
-            .filter(|(theirs, _)| fits(theirs, "the condition model", |why| &mut why.condition_model))
-            .map(|(_, vocabulary)| vocabulary);
+        let misfits = Misfits {
+            guide: self
+                .guide
+                .as_ref()
+                .and_then(|(guide, theirs)| Some(theirs.check_guide(&guide.name, &domain, &name).err()?.to_string())),
+            condition_model: inventor
+                .and_then(|(theirs, _)| Some(theirs.check("the condition model", &domain, &name).err()?.to_string())),
+        };
+        let guide = self.guide.as_ref().filter(|_| misfits.guide.is_none()).map(|(guide, _)| guide.clone());
+        let invented = inventor.filter(|_| misfits.condition_model.is_none()).map(|(_, vocabulary)| vocabulary);
         let classes = config.label_dim > 0 && meta.is_of_classes() && invented.is_none();
         let classes = classes.then(|| self.class_names.clone());
         let features = matches!(meta.conditioning, Conditioning::Features { .. });
@@ -317,8 +323,8 @@ impl Shelf {
         Ok((offer, misfits))
     }
 
-    /// The offers of the given models, named after their files.
-    fn offers(&self, files: &Files) -> Result<Vec<Arc<Offer>>, ServeError> {
+    /// The offers of the given models, named after their files. With `more` there may be others later, of runs.
+    fn offers(&self, files: &Files, more: bool) -> Result<Vec<Arc<Offer>>, ServeError> {
         let mut offers: Vec<Arc<Offer>> = Vec::new();
         let mut all = Misfits::default();
         for path in &files.models {
@@ -332,7 +338,7 @@ impl Shelf {
             offers.push(Arc::new(offer));
         }
         let used = |path: &Option<PathBuf>, by: &dyn Fn(&Offer) -> bool| match path {
-            Some(path) if !offers.iter().any(|offer| by(offer)) => Err(path.clone()),
+            Some(path) if !more && !offers.iter().any(|offer| by(offer)) => Err(path.clone()),
             _ => Ok(()),
         };
         let unused = |why: Option<String>| move |path| ServeError::Unused { path, why };
@@ -371,7 +377,7 @@ pub fn serve(
     // What is written is wanted, whoever asks for it.
     let limits = Capacity { unasked: usual.unasked.filter(|_| lock.is_none()), ..usual };
     let shelf = Shelf::new(&options.files)?;
-    let offers = shelf.offers(&options.files)?;
+    let offers = shelf.offers(&options.files, runs.is_some())?;
     // This comes before the models are opened, so that a taken port is known at once.
     let listen = |address: SocketAddr| {
         let listener = TcpListener::bind(address)?;

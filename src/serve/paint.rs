@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 
 use super::preview::{ColourMap, data_url};
 use super::queue::{Job, Made, Preview, Turn};
-use super::request::{CheckedRequest, Classing, Offer};
-use super::{Files, ServeError, Server, without_path};
+use super::request::{CheckedRequest, Offer};
+use super::{Files, ServeError, Server, without_paths};
 use crate::Device;
+use crate::condition::classes::ANY;
 use crate::condition::tagger::Tagger;
+use crate::formats::fingerprint;
 use crate::model::ImageSpace;
 use crate::pictures::{Picture, decode};
 use crate::pipeline::{self, Condition, Pipeline, PipelineError, Step, Viewer};
@@ -37,11 +39,22 @@ pub struct Painter {
 /// Opens a model with all that goes with it, and says what is doubtful about it.
 fn open(device: &Device, files: &Files, offer: &Offer, say: &mut dyn FnMut(&str)) -> Result<Pipeline, PipelineError> {
     let mut pipeline = Pipeline::load(device, &offer.path)?;
-    if let Some(path) = files.guide.as_ref().filter(|_| offer.guide.is_some()) {
-        pipeline = pipeline.with_guide(path)?;
+    match &files.guide {
+        Some(path) if offer.guide.is_some() => pipeline = pipeline.with_guide(path)?,
+        Some(path) => {
+            say(&format!("{} does not guide {}, as they do not go together", path.display(), offer.path.display()))
+        }
+        None => {}
     }
-    if let Some(path) = files.class_names.as_ref().filter(|_| offer.classes.is_some()) {
-        pipeline = pipeline.with_class_names(path)?;
+    match &offer.classes {
+        // Requests were checked with these, whatever the file has now.
+        Some(names) if !names.is_empty() => pipeline = pipeline.with_class_names(names.clone())?,
+        Some(_) => say(&format!(
+            "{}: nothing says what its {} conditions mean, so they are taken for classes",
+            offer.path.display(),
+            offer.config.label_dim
+        )),
+        None => {}
     }
     if let Some(path) = files.condition_model.as_ref().filter(|_| offer.invents) {
         pipeline = pipeline.with_condition_model(path)?;
@@ -60,8 +73,8 @@ fn open(device: &Device, files: &Files, offer: &Offer, say: &mut dyn FnMut(&str)
     pipeline.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
     if !offer.guided() {
         say(&format!(
-            "{} was trained without --cond-dropout: guidance is 1 unless a request has negative tags or says another, which \
-             without them makes pictures worse",
+            "{} was trained without --cond-dropout: guidance is 1 unless a request has a negative or says another, which \
+             without one makes pictures worse",
             offer.path.display()
         ));
     }
@@ -104,7 +117,10 @@ impl Painter {
                 Ok(()) | Err(PipelineError::Stopped) => {}
                 Err(why) => batch.jobs().for_each(|job| {
                     let Offer { path, name, .. } = &*job.request.model;
-                    server.queue.fail(job, without_path(&why, path, name));
+                    let others = self.files.beside_models().into_iter().flatten();
+                    let names: Vec<_> = others.map(|path| (&**path, fingerprint::name(path))).collect();
+                    let all = names.iter().map(|(path, name)| (*path, &**name)).chain([(&**path, &**name)]);
+                    server.queue.fail(job, without_paths(&why, all));
                 }),
             }
         }
@@ -203,16 +219,13 @@ fn conditions(
     for text in &request.tags {
         all.push(if request.complete { pipeline.complete(text, seed)? } else { pipeline.tags(text, seed)? });
     }
-    match &request.classes {
-        Classing::Of(classes) => {
-            for class in classes {
-                all.push(pipeline.class(class)?);
-            }
+    if request.classes == [ANY] {
+        for &seed in &request.seeds {
+            all.push(pipeline.any_class(seed)?);
         }
-        Classing::Any => {
-            for &seed in &request.seeds {
-                all.push(pipeline.any_class(seed)?);
-            }
+    } else {
+        for class in &request.classes {
+            all.push(pipeline.class(class)?);
         }
     }
     for (number, bytes) in request.like.iter().enumerate() {

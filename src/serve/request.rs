@@ -11,7 +11,7 @@ use base64::prelude::BASE64_STANDARD;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::condition::classes::Classes;
+use crate::condition::classes::{ANY, Classes};
 use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::Vocabulary;
 use crate::model::{Config, ModelMeta};
@@ -26,8 +26,6 @@ pub const MAX_AREA: usize = 4;
 /// Most steps of a job, counted over all its pictures. A step counts in proportion to the picture's area: as 1 for the
 /// area that the model learned from.
 pub const MAX_WORK: usize = 4096;
-/// What stands for another class for each seed.
-const ANY: &str = "random";
 /// Longest text of tags.
 const MAX_TEXT: usize = 1 << 14;
 /// Most pixels of an uploaded picture, as it may be decoded beside others.
@@ -143,10 +141,10 @@ impl Offer {
     /// # Errors
     /// [`Refusal::Invalid`]: it is too long, or has an unknown tag, or is no class.
     pub fn read(&self, text: &str) -> Result<Vec<(String, f32)>, Refusal> {
+        ensure(text.len() <= MAX_TEXT, || format!("{} bytes of tags, expected {MAX_TEXT} at most", text.len()))?;
         if let Some(names) = &self.classes {
             return Ok(vec![(names.label(self.class(names, text)?), 1.0)]);
         }
-        ensure(text.len() <= MAX_TEXT, || format!("{} bytes of tags, expected {MAX_TEXT} at most", text.len()))?;
         let prompt = self.vocabulary.parse(text).map_err(|error| Refusal::Invalid(error.to_string()))?;
         let tag = |&(tag, weight): &(u32, f32)| Some((self.vocabulary.tag(tag)?.to_owned(), weight));
         Ok(prompt.tags().iter().filter_map(tag).collect())
@@ -207,18 +205,13 @@ impl TryFrom<Value> for SamplerBody {
     type Error = serde_json::Error;
 
     fn try_from(value: Value) -> Result<Self, Self::Error> {
+        if !value.is_object() {
+            // A list would be read as the fields in their order.
+            return Err(serde::de::Error::custom("sampler: no object"));
+        }
         let says_guidance = value.get("guidance").is_some();
         Ok(Self { config: serde_json::from_value(value)?, says_guidance })
     }
-}
-
-/// The classes of a request.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Classing {
-    /// These; perhaps none.
-    Of(Vec<String>),
-    /// One for each seed.
-    Any,
 }
 
 /// A request that can be done.
@@ -232,8 +225,8 @@ pub struct CheckedRequest {
     pub negative: Option<String>,
     /// Whether the condition model completes them.
     pub complete: bool,
-    /// Classes.
-    pub classes: Classing,
+    /// Classes; or [`ANY`] alone, one for each seed.
+    pub classes: Vec<String>,
     /// Uploaded pictures.
     pub like: Vec<Bytes>,
     /// Conditions to invent.
@@ -294,19 +287,14 @@ impl CheckedRequest {
         let invents = invent > 0 || complete;
         ensure(!invents || model.invents, || format!("{name} has no condition model that could invent or complete"))?;
         ensure(!complete || !tags.is_empty(), || "there are no tags to complete".into())?;
-        let per_condition = wanted.per_condition.unwrap_or(1);
-        let classes = if classes.iter().any(|class| class == ANY) {
-            ensure(rows == 1 && per_condition == 1, || format!("classes: {ANY:?} goes alone"))?;
-            Classing::Any
-        } else {
-            Classing::Of(classes)
-        };
-        let named = if let Classing::Of(classes) = &classes { &classes[..] } else { &[] };
-        for text in tags.iter().chain(named).chain(&negative) {
+        let any = classes.iter().any(|class| class == ANY);
+        for text in tags.iter().chain(classes.iter().filter(|_| !any)).chain(&negative) {
             ensure(!model.read(text)?.is_empty(), || format!("{text:?} has no tag"))?;
         }
 
+        let per_condition = wanted.per_condition.unwrap_or(1);
         ensure(per_condition > 0, || "per_condition is 0".into())?;
+        ensure(!any || rows == 1 && per_condition == 1, || format!("classes: {ANY:?} goes alone"))?;
         most("images of a condition", per_condition, MAX_IMAGES)?;
         let seeds = match &wanted.seeds {
             Some(list) => parse_seeds(list).map_err(|error| invalid(&error))?,

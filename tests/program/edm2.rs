@@ -328,11 +328,28 @@ fn a_class_conditional_model_learns_from_an_archive_and_draws_classes() {
     for (names, warns) in [("more.txt", true), ("names.txt", false)] {
         let done = run(&format!("{sample} --outdir w-{names} --class 1 --class-names {names}")).success();
         let said = String::from_utf8(done.get_output().stderr.clone()).unwrap();
-        assert_eq!(said.contains("more.txt: 4 classes, but the model has 3"), warns, "{said}");
+        let warning = format!("warning: --class-names more.txt: 4 names of classes, but {model} has 3");
+        assert_eq!(said.contains(&warning), warns, "{said}");
     }
     // Away from a class, and away from none.
     run(&format!("{sample} --outdir n --class 2 --negative Goldfish --class-names names.txt")).success();
     assert_eq!(condition("n/000000.png")["negative"], json!({"class": 1, "name": "goldfish"}));
+    run(&format!("{sample} --outdir o --negative Goldfish --class-names names.txt")).success();
+    assert_eq!(condition("o/000000.png")["negative"], json!({"class": 1, "name": "goldfish"}));
+    let done = run(&format!("{sample} --outdir p")).success();
+    let said = String::from_utf8(done.get_output().stderr.clone()).unwrap();
+    assert!(said.contains("warning: the model was trained without --cond-dropout"), "{said}");
+
+    // Images without labels are none of such a model.
+    write(&at.join("bare.zip"), &images, None, false);
+    for arguments in [
+        format!("eval --model {model} --data bare.zip --split train --device cpu"),
+        format!("{sample} --outdir e --row bare.zip:3"),
+        format!("{sample} --outdir e --mix bare.zip:3:1"),
+    ] {
+        let said = refused_in_one_line(run(&arguments));
+        assert!(said.contains(&format!("bare.zip: its images have no conditions, which {model} takes")), "{said}");
+    }
 
     for (arguments, expected) in [
         ("--class 1 --negative 3", "--negative: run/snapshot-000000024-0.050.safetensors: class 3, expected 0 to 2"),
@@ -340,6 +357,7 @@ fn a_class_conditional_model_learns_from_an_archive_and_draws_classes() {
         ("--class shrk --class-names names.txt", "--class: unknown class \"shrk\", did you mean \"shark\"?"),
         ("--class shark", "--class: \"shark\" is no number, and there are no names of classes"),
         ("--class random --class 1", "--class: \"random\" goes alone"),
+        ("--class-names names.txt", "--class-names: there is no --class and no --negative"),
         ("--tags cat", "the model has no vocabulary"),
     ] {
         let said = refused_in_one_line(run(&format!("{sample} --outdir e {arguments}")));

@@ -412,7 +412,8 @@ async fn classes_are_chosen_by_name_and_a_page_that_is_loaded_again_goes_on() {
     let config = Pipeline::load(&Device::open("cpu").unwrap(), dir.path().join("m.safetensors")).unwrap();
     let config = config.net().config.clone();
     server::write(&config, &dir.path().join("c.safetensors"), 4, |_| {});
-    fs::write(dir.path().join("names.txt"), "tench, Tinca tinca\ngoldfish\ngreat white shark, white shark\n").unwrap();
+    let names = "tench, Tinca tinca\ngoldfish\ngreat white shark, white shark\nshark\n";
+    fs::write(dir.path().join("names.txt"), names).unwrap();
     let models = ["--model", "c.safetensors", "--class-names", "names.txt", "--model", "m.safetensors"];
     let server = Server::start(dir.path(), &models);
     let browser = Browser::open(1360, 960, false).await;
@@ -441,10 +442,10 @@ async fn classes_are_chosen_by_name_and_a_page_that_is_loaded_again_goes_on() {
     browser.run("document.querySelector('#sets .tags input').value = ''; document.querySelector('#sets .tags input').dispatchEvent(new Event('input'))").await;
     // One is left out, and one avoided; a second takes the place of the first.
     browser.run("document.querySelectorAll('#sets .chip')[3].click()").await;
-    for class in ["3", "4"] {
+    for (class, name) in [("3", "shark"), ("4", "4")] {
         browser.type_into("#negative input", class).await;
         browser.type_into("#negative input", &enter).await;
-        browser.until(&format!("document.querySelector('#negative').textContent === '{class}'")).await;
+        browser.until(&format!("document.querySelector('#negative').textContent === '{name}'")).await;
     }
     browser.set("#seeds", "7-9").await;
     browser.set("#steps", "3").await;
@@ -500,9 +501,8 @@ async fn classes_are_chosen_by_name_and_a_page_that_is_loaded_again_goes_on() {
     assert_eq!(browser.run("return document.querySelector('#negative').textContent").await, "4");
     browser.run("document.querySelector('#negative .chip').click()").await;
 
-    // A class for each seed; then the page is loaded again while a job runs, which goes on.
-    browser.click("#any").await;
-    assert_eq!(browser.run("return document.getElementById('sets').hidden").await, true);
+    // A random class for each seed; then the page is loaded again while a job runs, which goes on.
+    browser.run("document.querySelector('#sets .chip').click()").await;
     browser.set("#seeds", "0-3").await;
     browser.click("#go").await;
     browser.until(&format!("{FINISHED} === 4 && document.querySelectorAll('#gallery img').length === 7")).await;
@@ -512,6 +512,10 @@ async fn classes_are_chosen_by_name_and_a_page_that_is_loaded_again_goes_on() {
     browser.click("#go").await;
     browser.until(&format!("{PREVIEWS} === 4")).await;
     browser.nothing_went_wrong().await;
+    // One chip, and something that is typed and not taken yet.
+    browser.type_into("#sets .tags input", "tench").await;
+    browser.type_into("#sets .tags input", &enter).await;
+    browser.type_into("#sets .tags input", "shar").await;
     browser.goto(&server).await;
     browser.until(ready).await;
     browser.until(&format!("{PREVIEWS} === 4")).await;
@@ -519,10 +523,16 @@ async fn classes_are_chosen_by_name_and_a_page_that_is_loaded_again_goes_on() {
     browser.until(&format!("{captions} === {before}")).await;
     let form = browser.run("return ['model', 'seeds', 'steps'].map(id => document.getElementById(id).value)").await;
     assert_eq!(form, json!(["c", "0-3", "1000"]));
-    assert_eq!(browser.run("return document.getElementById('any').checked").await, true);
+    assert_eq!(browser.run(&format!("return {CHIPS}")).await, json!(["tench, Tinca tinca"]));
+    assert_eq!(browser.run("return document.querySelector('#sets .tags input').value").await, "shar");
     browser.click("#cancel").await;
     browser.until("document.getElementById('progress-text').textContent.startsWith('Cancelled')").await;
     browser.nothing_went_wrong().await;
+    // Loaded again: what is known of classes by then is that one is typed exactly, whatever completes it.
+    browser.set("#sets .tags input", "shark").await;
+    browser.until("document.querySelectorAll('.options [role=option]').length === 2").await;
+    browser.type_into("#sets .tags input", &enter).await;
+    browser.until(&format!("{CHIPS}.join('|') === 'tench, Tinca tinca|shark'")).await;
 
     // Another server on the same address has other jobs, which may have the same numbers.
     let address = server.address.trim_end_matches('/').to_owned();
@@ -531,7 +541,12 @@ async fn classes_are_chosen_by_name_and_a_page_that_is_loaded_again_goes_on() {
     server.post("/api/v1/generate?wait=true", &json!({"sampler": {"steps": 1}})).expect(200);
     browser.goto(&server).await;
     browser.until("!document.getElementById('go').disabled && document.getElementById('seeds').value === '0-3'").await;
-    assert_eq!(browser.run("return document.querySelectorAll('#gallery img').length").await, 0);
+    browser.set("#sets .tags input", "4").await;
+    browser.set("#seeds", "5").await;
+    browser.set("#steps", "2").await;
+    browser.click("#go").await;
+    browser.until(&format!("{FINISHED} === 1 && document.querySelector('#gallery img')")).await;
+    assert_eq!(browser.run("return document.querySelectorAll('#gallery img').length").await, 1);
     browser.nothing_went_wrong().await;
 }
 

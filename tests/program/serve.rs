@@ -169,7 +169,7 @@ fn of_classes(place: &Place) {
             },
         );
     }
-    fs::write(place.path("names.txt"), "tench, Tinca tinca\ngoldfish\ncrane\ncrane\n").unwrap();
+    fs::write(place.path("names.txt"), "tench, Tinca tinca\ngoldfish\ncrane\nCrane, crane\n").unwrap();
 }
 
 #[test]
@@ -204,22 +204,25 @@ fn class_conditional_models_draw_as_edm2k_sample_does() {
     }
     let listed = server.get("/api/v1/vocabulary").expect(200);
     let names: Vec<_> = listed["tags"].as_array().unwrap().iter().map(|tag| tag["tag"].as_str().unwrap()).collect();
-    assert_eq!(names, ["tench, Tinca tinca", "goldfish", "crane", "3", "4"]);
+    assert_eq!(names, ["tench, Tinca tinca", "goldfish", "crane", "Crane, crane", "4"]);
     let near = server.get("/api/v1/vocabulary?near=godlfish").expect(200);
     assert_eq!(near["tags"], json!([{"tag": "goldfish", "count": null}]));
     let read = server.get("/api/v1/prompt?text=tinca%20tinca").expect(200);
     document().check_answer("/api/v1/prompt", "get", 200, &read);
     assert_eq!(read["tags"], json!([{"tag": "tench, Tinca tinca", "weight": 1.0}]));
-    let asked = json!({"prompt": " goldfish ", "negative_prompt": "4", "cfg_scale": 2, "steps": 2, "seed": 0});
+    let asked = json!({"prompt": " goldfish, ", "negative_prompt": " 4", "cfg_scale": 2, "steps": 2, "seed": 0});
     let drawn = server.post("/sdapi/v1/txt2img", &asked).expect(200);
     let drawn = BASE64_STANDARD.decode(drawn["images"][0].as_str().unwrap()).unwrap();
     let arguments = "--model c.safetensors --class 1 --negative 4 --guidance 2 --steps 2 --class-names names.txt";
     assert!(vec![drawn] == place.sample(arguments, &[0]), "txt2img");
     for (wanted, message) in [
         (json!({"classes": ["5"]}), "class 5 of c, expected 0 to 4"),
-        (json!({"classes": ["Crane"]}), r#""Crane" is the name of several classes: 2, 3"#),
+        (json!({"classes": ["CRANE"]}), r#""CRANE" is the name of several classes: 2, 3"#),
         (json!({"classes": ["goldfisch"]}), r#"unknown class "goldfisch", did you mean "goldfish"?"#),
-        (json!({"classes": ["x".repeat(20_000)]}), "unknown class"),
+        (json!({"classes": ["x".repeat(10_000)]}), "unknown class"),
+        (json!({"classes": ["x".repeat(20_000)]}), "20000 bytes of tags, expected 16384 at most"),
+        (json!({"sampler": ["euler", 3, 0.002, 80, 7, 9]}), "sampler: no object"),
+        (json!({"classes": ["random"], "per_condition": 0}), "per_condition is 0"),
         (json!({"classes": vec!["1"; 65]}), "65 classes, expected 64 at most"),
         (json!({"classes": ["random", "1"]}), r#"classes: "random" goes alone"#),
         (json!({"classes": ["random"], "per_condition": 2}), r#"classes: "random" goes alone"#),
@@ -242,6 +245,7 @@ fn class_conditional_models_draw_as_edm2k_sample_does() {
 fn another_network_guides_the_models_that_it_goes_with() {
     let place = Place::new();
     of_classes(&place);
+    // `g` is of five classes as `c` is, but not `o`; `u` takes no condition, and so guides both.
     for (guide, fits) in [("g", false), ("u", true)] {
         let server = place.serve(&format!("--model c.safetensors --model o.safetensors --gnet {guide}.safetensors"));
         let models = server.get("/api/v1/models").expect(200);
@@ -270,8 +274,17 @@ fn another_network_guides_the_models_that_it_goes_with() {
             assert!(pictures(&answer.expect(200)) == place.sample(arguments, &[0]));
         }
     }
-    let (fine, said) = place.edm2k("serve --device cpu --model o.safetensors --gnet g.safetensors");
-    assert!(!fine && said.contains("g.safetensors: goes with none of the models"), "{said}");
+    for (model, why) in
+        [("o", "its conditions are 5 wide, those of o are 6 wide"), ("u", "it takes conditions, u none")]
+    {
+        let (fine, said) = place.edm2k(&format!("serve --device cpu --model {model}.safetensors --gnet g.safetensors"));
+        assert!(
+            !fine && said.contains(&format!("g.safetensors: goes with none of the models: g.safetensors: {why}")),
+            "{said}"
+        );
+    }
+    let (fine, said) = place.edm2k("sample --model u.safetensors --gnet g.safetensors --outdir out --device cpu");
+    assert!(!fine && said.contains("--gnet: g.safetensors: it takes conditions, u.safetensors none"), "{said}");
 }
 
 #[test]

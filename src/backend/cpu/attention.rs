@@ -101,7 +101,8 @@ impl NarrowHead {
     pub fn new<T: Real>([tokens, c]: [usize; 2], keys: Mat<T>, values: Mat<T>) -> Self {
         let [keys, values] =
             [keys.t(), values].map(|x| Mat { data: T::as_f32(x.data).expect("f32"), rows: x.rows, cols: x.cols });
-        Self { keys: Packed::matrix(keys, c, tokens), values: Packed::matrix(values, tokens, c), tokens, c }
+        let pack = |matrix, rows, columns| Packed::matrix(matrix, rows, columns, Threads::One);
+        Self { keys: pack(keys, c, tokens), values: pack(values, tokens, c), tokens, c }
     }
 
     /// `out` [m, c] = softmax(q k^T / sqrt(c)) v for m queries, whose rows are contiguous. `T` must be f32.

@@ -182,6 +182,28 @@ impl Band {
         self.fill(data.values_mut(), None, Threads::One, T::zero(), |row, dst| (rows.read)(row, 0, dst));
         data
     }
+
+    /// Reads it in bfloat16, after the band `held`. `T` is f32.
+    fn read_narrow<T: Real>(
+        &self,
+        pool: &Arc<Pool<T>>,
+        data: &mut [u16],
+        held: Option<&Self>,
+        threads: Threads,
+        rows: &ImageRows<T>,
+    ) {
+        let [.., channels] = self.shape;
+        let pixels = (NARROWED / channels).max(1);
+        self.fill(data, held, threads, 0, |row, dst| {
+            let mut some = Tensor::uninit(pool, [1, 1, pixels, channels]);
+            let some = some.values_mut();
+            for (i, dst) in dst.chunks_mut(some.len()).enumerate() {
+                let some = &mut some[..dst.len()];
+                (rows.read)(row, i * pixels, some);
+                bf16::narrow(T::as_f32(some).expect("f32"), dst);
+            }
+        });
+    }
 }
 
 /// Calls `f(i, part)` for each part of `len` values.
@@ -217,19 +239,7 @@ impl<'a, T: Real> Data<'a, T> {
             Self::Wide(data) => {
                 band.fill(data.values_mut(), held, threads, T::zero(), |row, dst| (rows.read)(row, 0, dst));
             }
-            Self::Narrow(data, _) => {
-                let [.., channels] = band.shape;
-                let pixels = (NARROWED / channels).max(1);
-                band.fill(data.values_mut(), held, threads, 0, |row, dst| {
-                    let mut some = Tensor::uninit(pool, [1, 1, pixels, channels]);
-                    let some = some.values_mut();
-                    for (i, dst) in dst.chunks_mut(some.len()).enumerate() {
-                        let some = &mut some[..dst.len()];
-                        (rows.read)(row, i * pixels, some);
-                        bf16::narrow(T::as_f32(some).expect("f32"), dst);
-                    }
-                });
-            }
+            Self::Narrow(data, _) => band.read_narrow(pool, data.values_mut(), held, threads, rows),
         }
     }
 }
@@ -430,6 +440,70 @@ pub fn wgrad<T: Real>(
     });
 }
 
+/// Pixels that a weight gradient in bfloat16 sums over at a time: those of a tile's columns fit half of the L2 cache.
+const NARROW_PIXELS: usize = 8192;
+
+/// As [`wgrad`], in bfloat16: for each tap one product of the transposed image and the gradient. `T` is f32.
+pub fn wgrad_narrow<T: Real>(
+    pool: &Arc<Pool<T>>,
+    rows: ImageRows<T>,
+    grad: ImageRows<T>,
+    taps: usize,
+    gain: T,
+    out: &mut [T],
+    mut accumulate: bool,
+) {
+    let [n, h, w, c] = rows.shape;
+    let (cout, window, all) = (grad.shape[3], Reach::of_taps(taps).window(), Threads::All);
+    let height = (NARROW_PIXELS / w).max(1);
+    for first in (0..n * h).step_by(height) {
+        let count = height.min(n * h - first);
+        let band = Band::new(rows.shape, window, first, count);
+        let mut x = Halves::uninit(pool, band.len());
+        band.read_narrow(pool, x.values_mut(), None, all, &rows);
+        let mut g = Tensor::uninit(pool, [1, 1, 1, Band::new(grad.shape, window, first, count).len()]);
+        Band::new(grad.shape, window, first, count).fill(g.values_mut(), None, all, T::zero(), |row, dst| {
+            (grad.read)(row, 0, dst);
+            dst.iter_mut().for_each(|g| *g *= gain);
+        });
+        // As in `wgrad`, row m of the right matrix is a pixel of the band, and the zero pixels are rows of zeros.
+        let g = T::as_f32(&g.values()[window.before * (band.pitch + 1) * cout..]).expect("f32");
+        let g = Packed::matrix(Mat::new(g, cout), band.result(first + count - 1) + w, cout, all);
+        let pixels = (window.side - 1) * (band.pitch + 1) + g.k();
+        let mut columns = Halves::uninit(pool, c * pixels);
+        transpose_halves(x.values(), c, columns.values_mut(), pixels);
+        let mut some = accumulate.then(|| Tensor::uninit(pool, [1, 1, 1, out.len()]));
+        let sums = some.as_mut().map_or(&mut *out, Tensor::values_mut);
+        for (tap, sums) in T::as_f32_mut(sums).expect("f32").chunks_exact_mut(c * cout).enumerate() {
+            let pixel = tap / window.side * band.pitch + tap % window.side;
+            let x = Mat::new(&columns.values()[pixel..], pixels);
+            bf16::product(Rows::all(c), sums, cout, &[x], &g, 0, all);
+        }
+        if let Some(some) = some {
+            out.par_chunks_mut(4096).zip(some.values().par_chunks(4096)).for_each(|(out, some)| {
+                out.iter_mut().zip(some).for_each(|(out, &x)| *out += x);
+            });
+        }
+        accumulate = true;
+    }
+}
+
+/// Pixels of `c` channels as rows of `pixels` values, one for each channel, with zeros where there are no more pixels.
+fn transpose_halves(from: &[u16], c: usize, to: &mut [u16], pixels: usize) {
+    const TILE: usize = 32;
+    let there = pixels.min(from.len() / c);
+    to.par_chunks_mut(TILE * pixels).enumerate().for_each(|(block, to)| {
+        for first in (0..there).step_by(TILE) {
+            let last = there.min(first + TILE);
+            for (channel, row) in (block * TILE..).zip(to.chunks_exact_mut(pixels)) {
+                let from = from[first * c + channel..].iter().step_by(c);
+                row[first..last].iter_mut().zip(from).for_each(|(to, &from)| *to = from);
+            }
+        }
+        to.chunks_exact_mut(pixels).for_each(|row| row[there..].fill(0));
+    });
+}
+
 /// The weight of the input gradient: taps reversed, channels exchanged, `[taps][cout][cin]`.
 pub fn transpose<T: Real>(pool: &Arc<Pool<T>>, weight: &[T], taps: usize, cin: usize, cout: usize) -> Tensor<T> {
     const TILE: usize = 16;
@@ -454,6 +528,56 @@ mod tests {
         let mut values = vec![0f32; len];
         Stream::new(1, Purpose::Init, image).normals(&mut values);
         values
+    }
+
+    /// Beside sums of the rounded values in f64; in one piece and in several, over image edges and odd sizes.
+    #[test]
+    fn a_weight_gradient_in_bfloat16_is_that_of_the_rounded_values() {
+        if !bf16::is_available() {
+            return;
+        }
+        let round = |x: f32| half::bf16::from_f32(x).to_f64();
+        for ([n, h, w, c], cout, taps, accumulate) in [
+            ([2, 5, 7, 35], 33, 9, false),
+            ([2, 5, 7, 35], 33, 9, true),
+            ([3, 4, 4, 64], 48, 1, true),
+            ([1, 1, 1, 3], 5, 9, false),
+            ([3, 60, 50, 2], 3, 9, false), // 9000 pixels
+            ([3, 60, 50, 2], 3, 1, true),
+        ] {
+            let (x, g) = (noise(n * h * w * c, 1), noise(n * h * w * cout, 2));
+            let read = |values: &[f32], c: usize, row: usize, pixel: usize, dst: &mut [f32]| {
+                dst.copy_from_slice(&values[(row * w + pixel) * c..][..dst.len()]);
+            };
+            let read_x = |row: usize, pixel: usize, dst: &mut [f32]| read(&x, c, row, pixel, dst);
+            let read_g = |row: usize, pixel: usize, dst: &mut [f32]| read(&g, cout, row, pixel, dst);
+            let before = noise(taps * c * cout, 3);
+            let mut out = before.clone();
+            let rows = ImageRows { shape: [n, h, w, c], read: &read_x };
+            let grad = ImageRows { shape: [n, h, w, cout], read: &read_g };
+            wgrad_narrow(&Arc::default(), rows, grad, taps, 0.5, &mut out, accumulate);
+            let (side, reach) = if taps == 9 { (3, 1) } else { (1, 0) };
+            for (i, (&got, &before)) in out.iter().zip(&before).enumerate() {
+                let (tap, channel, column) = (i / cout / c, i / cout % c, i % cout);
+                let (dy, dx) = (tap / side, tap % side);
+                let (mut want, mut size) = (if accumulate { f64::from(before) } else { 0.0 }, 1.0f64);
+                for (row, left) in (0..n * h).flat_map(|row| (0..w).map(move |left| (row, left))) {
+                    let (y, x_there) = ((row % h + dy).wrapping_sub(reach), (left + dx).wrapping_sub(reach));
+                    if y < h && x_there < w {
+                        let x = round(x[((row / h * h + y) * w + x_there) * c + channel]);
+                        let term = x * round(0.5 * g[(row * w + left) * cout + column]);
+                        want += term;
+                        size += term.abs();
+                    }
+                }
+                // Sums of n terms are rounded n times, mostly in both directions.
+                let bound = f64::from(f32::EPSILON) * size * 4.0;
+                assert!(
+                    (f64::from(got) - want).abs() <= bound,
+                    "{n}x{h}x{w}x{c} to {cout}, {taps} taps, {i}: {got}, not {want}"
+                );
+            }
+        }
     }
 
     #[test]

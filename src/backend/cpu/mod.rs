@@ -74,8 +74,9 @@ impl<T: Real, P> Cpu<T, P> {
 }
 
 impl<P> Cpu<f32, P> {
-    /// Sets whether forward convolutions and attention round their inputs to bfloat16 and sum in f32, also those of
-    /// autoencoders that are loaded later. The processor [may](bf16_is_fast) be two to three times as fast then.
+    /// Sets whether convolutions, their gradients and attention's forward pass round their inputs to bfloat16 and sum in
+    /// f32, also those of autoencoders that are loaded later. The processor [may](bf16_is_fast) be two to three times as
+    /// fast then.
     ///
     /// # Panics
     /// If `bf16` is asked for and the processor has no AVX-512 BF16.
@@ -184,7 +185,8 @@ impl<T: Real> Cpu<T> {
         let read = |row: usize, pixel: usize, dst: &mut [T]| copy_pixels(grad, row, pixel, dst);
         let rows = ImageRows { shape: grad.shape(), read: &read };
         let filter = Filter::new(weight.values(), cin, Reach::of_taps(taps).window());
-        conv::conv(&self.pool, rows, filter, out, done);
+        let packed = self.bf16.then(|| filter.pack()).flatten();
+        conv::conv(&self.pool, rows, Filter { packed: packed.as_ref(), ..filter }, out, done);
     }
 }
 

@@ -77,8 +77,9 @@ impl<T: Real> TrainingBackend for Cpu<T> {
         let read_grad = |row: usize, pixel: usize, dst: &mut [T]| copy_pixels(grad, row, pixel, dst);
         let rows = ImageRows { shape: operand_shape(&x), read: &read_x };
         let grads = ImageRows { shape: grad.shape(), read: &read_grad };
+        let wgrad = if self.bf16 { conv::wgrad_narrow } else { conv::wgrad };
         let (out, accumulate) = self.params[w].grad_mut();
-        conv::wgrad(&self.pool, rows, grads, taps, T::of(gain), out, accumulate);
+        wgrad(&self.pool, rows, grads, taps, T::of(gain), out, accumulate);
     }
 
     fn conv_dgrad(

@@ -16,7 +16,7 @@ use super::conv::Filter;
 use crate::backend::codec::Reach;
 use crate::backend::{BackendError, Normalization, OptimizerStep, Slot, StepStats, Values};
 use crate::params::{ParamKind, ParamSpec};
-use crate::real::{NORM_EPS, Real, for_rows, simd};
+use crate::real::{NORM_EPS, Real, dot, for_rows, simd};
 use rayon::prelude::*;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -272,22 +272,26 @@ impl<T: Real> Param<T> {
             .zip(m.par_chunks_mut(chunk))
             .zip(v.par_chunks_mut(chunk))
             .map(|(((w, g), m), v)| {
-                simd(|| {
-                    let mut norm = T::zero();
-                    let rows = w.chunks_exact_mut(cols).zip(g.chunks_exact_mut(cols));
-                    for ((w, g), (m, v)) in rows.zip(m.chunks_exact_mut(cols).zip(v.chunks_exact_mut(cols))) {
-                        for i in 0..cols {
-                            let x = w[i] * forced[i];
-                            let grad = a[i] * g[i] - b[i] * x;
-                            norm += grad * grad;
-                            m[i] = m[i] + (grad - m[i]) * (one - beta1);
-                            v[i] = v[i] * beta2 + grad * grad * (one - beta2);
-                            w[i] = x - rate * m[i] / (v[i].sqrt() * root + eps);
-                            g[i] = grad;
+                simd(
+                    #[inline(always)]
+                    || {
+                        let mut norm = T::zero();
+                        let rows = w.chunks_exact_mut(cols).zip(g.chunks_exact_mut(cols));
+                        for ((w, g), (m, v)) in rows.zip(m.chunks_exact_mut(cols).zip(v.chunks_exact_mut(cols))) {
+                            for i in 0..cols {
+                                let x = w[i] * forced[i];
+                                let grad = a[i] * g[i] - b[i] * x;
+                                m[i] = m[i] + (grad - m[i]) * (one - beta1);
+                                v[i] = v[i] * beta2 + grad * grad * (one - beta2);
+                                w[i] = x - rate * m[i] / (v[i].sqrt() * root + eps);
+                                g[i] = grad;
+                            }
+                            // Apart, since a sum in the loop would keep it from being SIMD code.
+                            norm += dot(g, g);
                         }
-                    }
-                    norm.wide()
-                })
+                        norm.wide()
+                    },
+                )
             })
             .collect();
         for (average, &beta) in averages.iter_mut().zip(step.ema_betas) {

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use edm2k::collective::{Part, agree_on};
 use edm2k::condition::Conditioning;
+use edm2k::condition::classes::Classes;
 use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::memory;
 use edm2k::pipeline::{Kept, OutDir, Pipeline, Request};
@@ -108,7 +109,7 @@ pub struct SampleArgs {
     #[arg(long, value_name = "CLASS", help_heading = "Conditions")]
     class: Vec<String>,
     /// Names of the classes, a line for each, synonyms separated by commas
-    #[arg(long, value_name = "FILE", requires = "class", help_heading = "Conditions")]
+    #[arg(long, value_name = "FILE", help_heading = "Conditions")]
     class_names: Option<PathBuf>,
     /// Let the condition model complete the tags of --tags and --prompts to a plausible set
     #[arg(long, requires = "condition_model", help_heading = "Conditions")]
@@ -314,9 +315,15 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     if let Some(tagger) = &args.tagger {
         pipeline = pipeline.with_tagger(tagger, args.tagger_node.as_deref()).context("--tagger")?;
     }
-    if let Some(names) = &args.class_names {
+    if let Some(path) = &args.class_names {
+        ensure!(
+            !args.class.is_empty() || args.negative.is_some(),
+            "--class-names: there is no --class and no --negative"
+        );
+        warn(&mut pipeline, ranks, "");
+        let names = Classes::load(path).context("--class-names")?;
         pipeline = pipeline.with_class_names(names).context("--class-names")?;
-        warn(&mut pipeline, ranks, "--class-names ");
+        warn(&mut pipeline, ranks, &format!("--class-names {}: ", path.display()));
     }
     let piped = args.prompts.as_deref() == Some("-".as_ref());
     ensure!(!piped || ranks.size() == 1, "--prompts -: each process has an input of its own; give a file");
@@ -342,9 +349,7 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         args.sampler.without_guide(&mut sampler).iter().filter(|_| ranks.first()).for_each(|text| note!("{text}"));
     }
     if wanted.is_empty() && pipeline.meta().is_always_conditional(&pipeline.net().config) && ranks.first() {
-        note!(
-            "warning: the model was trained without --cond-dropout: it has never drawn without a condition, and there is none"
-        );
+        note!("warning: the model was trained without --cond-dropout, so it never learned to draw without a condition");
     }
     let kept = match (pipeline.makes_pictures(), args.save_steps) {
         (false, _) => Kept::Latents,

@@ -6,13 +6,11 @@ use std::path::Path;
 use anyhow::{Context, anyhow, bail, ensure};
 use serde::Deserialize;
 
+use edm2k::condition::classes::ANY;
 use edm2k::formats::input;
 use edm2k::pipeline::{Condition, Pipeline};
 
 use super::{SampleArgs, Seeds};
-
-/// The value of --class that stands for a random one.
-const ANY: &str = "random";
 
 /// A line of --prompts.
 #[derive(Deserialize)]

@@ -27,8 +27,14 @@ let asking = false;
 /** What the gallery's dialog shows. */
 let shown = null;
 /** What to remember of this tab: its last jobs, of the server that was started then. */
-const kept = { started: 0, jobs: [] };
+let kept = { started: 0, jobs: [] };
 const MOST_JOBS = 32;
+/** A noise level as large as any. */
+const ABOVE_ALL = 1e6;
+/** Whether the form is what it was, or what it begins with. */
+let ready = false;
+/** How often a model was chosen. */
+let choices = 0;
 
 export function toast(text) {
   $("toast").textContent = text;
@@ -39,13 +45,15 @@ export function toast(text) {
 /** Sets the form up, as it was before the page was loaded again. `started`: when the server was. */
 export async function start(started) {
   models = await json("/api/v1/models");
-  $("model").onchange = () => choose($("model").value);
+  $("model").onchange = () => choose($("model").value).catch(({ message }) => {
+    toast(message);
+    $("model").value = model?.name ?? "";
+  });
   negative = new TagField(() => vocabulary, true);
   negative.input.setAttribute("aria-describedby", "negative-hint");
   $("negative").append(negative.node);
   $("add-set").onclick = () => addSet().input.focus();
   $("dice").onclick = otherSeeds;
-  $("any").onchange = () => ($("sets").hidden = $("any").checked);
   $("invent-grid").onclick = () => {
     setWords([]);
     $("invent").value = $("per-condition").value = 4;
@@ -61,7 +69,7 @@ export async function start(started) {
   $("cancel").onclick = cancel;
   $("again").onclick = () => {
     $("picture").close();
-    restore(shown.parameters, shown.model);
+    restore(shown.parameters, shown.model).catch(({ message }) => toast(message));
   };
   $("restore").onchange = (event) => take(event.target);
   $("like").onchange = async (event) => {
@@ -79,46 +87,51 @@ export async function start(started) {
     if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) cancel();
   });
   dropping();
+  const before = recall("sessionStorage", "jobs");
+  kept = { started, jobs: before?.started === started ? before.jobs : [] };
+  again();
   await defaults();
   await choose(models[0]?.name);
   const form = recall("sessionStorage", "form");
-  if (form) await refill(form).catch(() => {});
+  // Its pictures take room that the jobs need.
+  remember("sessionStorage", "form", null);
+  if (form) await refill(form).catch(({ message }) => toast(`The form is not as it was: ${message}`));
   addEventListener("pagehide", () => {
-    const form = model && request();
+    if (!model) return;
+    const form = { ...request(), sets: sets.map((field) => field.state), avoided: negative.state };
     // Pictures may be more than a browser keeps.
-    if (form) remember("sessionStorage", "form", form) || remember("sessionStorage", "form", { ...form, like: [] });
+    remember("sessionStorage", "form", form) || remember("sessionStorage", "form", { ...form, like: [] });
   });
-  const before = recall("sessionStorage", "jobs");
-  kept.started = started;
-  if (before?.started === started) again(before.jobs);
+  ready = true;
+  $("go").disabled = !model;
 }
 
-/** The jobs that this tab had before it was loaded again, those that the server still knows: what they made, and what goes on. */
-async function again(jobs) {
-  for (const { id, wanted } of jobs) {
-    const job = await json(`/api/v1/jobs/${id}`).catch(() => null);
-    if (!job) continue;
-    kept.jobs.push({ id, wanted });
-    if (["queued", "running"].includes(job.stage)) {
-      running = id;
-      follow(job, wanted);
-    } else {
-      for (const picture of job.pictures) await keep(picture, wanted.model);
-    }
+/** The jobs that this tab had before it was loaded again, as far as the server knows them: what goes on, and what they made. */
+async function again() {
+  const look = async ({ id, drawn }) => ({ drawn, job: await json(`/api/v1/jobs/${id}`).catch(() => null) });
+  const known = (await Promise.all(kept.jobs.map(look))).filter(({ job }) => job);
+  const open = ({ job }) => ["queued", "running"].includes(job.stage);
+  // First what goes on, as the server soon cancels what nobody watches.
+  for (const { drawn, job } of known.filter(open)) {
+    running ??= job.id;
+    follow(job, drawn);
+  }
+  for (const { drawn, job } of known.filter((one) => !open(one))) {
+    for (const picture of job.pictures) await keep(picture, drawn).catch(() => {});
   }
 }
 
-/** Fills the form with a request. */
-async function refill(wanted) {
-  await choose(wanted.model);
-  apply(wanted.sampler);
-  for (const [id, value] of [["width", wanted.width], ["height", wanted.height], ["seeds", wanted.seeds], ["invent", wanted.invent],
-    ["condition-seed", wanted.condition_seed], ["per-condition", wanted.per_condition]]) $(id).value = value ?? "";
-  $("any").checked = wanted.classes.includes("random");
-  setWords(model.classes ? wanted.classes.filter((name) => name !== "random") : wanted.tags);
-  negative.set(model.classes ? [wanted.negative].filter(Boolean) : parts(wanted.negative));
-  $("complete").checked = wanted.complete;
-  wanted.like.forEach((url, number) => showLike(url, `picture ${number + 1}`));
+/** Fills the form as it was. */
+async function refill(form) {
+  await choose(form.model);
+  apply(form.sampler);
+  for (const [id, value] of [["width", form.width], ["height", form.height], ["seeds", form.seeds], ["invent", form.invent],
+    ["condition-seed", form.condition_seed], ["per-condition", form.per_condition]]) $(id).value = value ?? "";
+  setWords([]);
+  form.sets.forEach((state, number) => ((number === 0 ? sets[0] : addSet()).state = state));
+  negative.state = form.avoided;
+  $("complete").checked = form.complete;
+  form.like.forEach((url, number) => showLike(url, `picture ${number + 1}`));
 }
 
 /** What `edm2k sample` does when it is told nothing, as the API's description has it. */
@@ -133,7 +146,8 @@ function apply(sampler) {
   for (const [id, key] of [["solver"], ["steps"], ["guidance"], ["rho"], ["sigma-min", "sigma_min"], ["sigma-max", "sigma_max"]]) {
     $(id).value = sampler[key ?? id] ?? "";
   }
-  [$("low").value, $("high").value] = sampler.guidance_interval ?? ["", ""];
+  const [low, high] = sampler.guidance_interval ?? ["", ""];
+  [$("low").value, $("high").value] = [low, high === ABOVE_ALL ? "" : high];
   churn = sampler.churn ?? {};
   $("churn").value = churn.s_churn ?? 0;
 }
@@ -141,28 +155,33 @@ function apply(sampler) {
 /** Draws with this model from now on, a snapshot of a run perhaps. */
 export async function choose(name) {
   $("model-row").hidden = models.length === 0 && !name;
-  $("go").disabled = !name;
   if (!name) return;
-  if (!models.some((known) => known.name === name)) {
-    models.push(...(await json(`/api/v1/models?model=${encodeURIComponent(name)}`)));
+  const choice = ++choices;
+  const named = () => models.find((known) => known.name === name);
+  if (!named()) {
+    const found = await json(`/api/v1/models?model=${encodeURIComponent(name)}`);
+    if (!named()) models.push(...found);
   }
-  const before = model;
-  model = models.find((known) => known.name === name);
+  const chosen = named();
+  const [takes, classes] = [chosen.tags !== "no" || chosen.classes > 0, chosen.classes > 0];
+  const { tags } = takes ? await json(`/api/v1/vocabulary?model=${encodeURIComponent(name)}`) : { tags: [] };
+  // Meanwhile another one may have been chosen.
+  if (choice !== choices) return;
+  const changes = classes !== vocabulary.classes;
+  model = chosen;
+  vocabulary = { model: name, tags, known: new Set(tags.map(({ tag }) => tag)), classes };
   $("model").replaceChildren(...models.map(({ name }) => new Option(name)));
   $("model").value = name;
-  const [takes, classes] = [model.tags !== "no" || model.classes > 0, model.classes > 0];
   $("conditions").hidden = !takes;
   $("conditions-legend").textContent = classes ? "Classes" : "Tags";
   $("tags-hint").textContent = classes
-    ? `Type to find one of the ${model.classes} classes, Enter adds it. Each is drawn by itself.`
+    ? `Type to find one of the ${model.classes} classes, Enter adds it. Each is drawn by itself. Without any, each seed draws a random one.`
     : "Type to find a tag, Enter or a comma adds it. Without any, the model draws what it likes.";
   $("negative-hint").textContent = classes
     ? "A class to avoid: guidance leads away from it."
     : "Tags to avoid: guidance leads away from these.";
   negative.input.setAttribute("aria-label", classes ? "Add a class to avoid" : "Add a tag to avoid");
   $("add-set").hidden = classes;
-  $("any-row").hidden = !classes;
-  $("sets").hidden = classes && $("any").checked;
   // The server decides, as tags to avoid count too.
   $("guidance").placeholder = model.guided ? usual : 1;
   $("unguided").hidden = model.guided;
@@ -175,12 +194,11 @@ export async function choose(name) {
     $(side).value = model[side];
     $(side).step = $(side).min = model.multiple;
   }
-  const { tags } = takes ? await json(`/api/v1/vocabulary?model=${encodeURIComponent(name)}`) : { tags: [] };
-  vocabulary = { model: name, tags, known: new Set(tags.map(({ tag }) => tag)), classes };
-  if (sets.length === 0 || classes !== before?.classes > 0) {
+  if (sets.length === 0 || changes) {
     setWords([]);
     negative.set([]);
   }
+  $("go").disabled = !ready;
 }
 
 function addSet(tags = []) {
@@ -253,16 +271,18 @@ function request() {
   const guided = interval.some((level) => level !== undefined);
   const invents = !$("invent-row").hidden;
   const s_churn = number("churn");
+  const classes = vocabulary.classes ? sets.flatMap((field) => field.words()) : [];
+  const any = vocabulary.classes && classes.length === 0;
   return {
     model: model.name,
     tags: model.tags === "no" ? [] : sets.map((field) => field.text()).filter(Boolean),
-    classes: !vocabulary.classes ? [] : $("any").checked ? ["random"] : sets.flatMap((field) => field.words()),
+    classes: any ? ["random"] : classes,
     negative: $("conditions").hidden ? "" : negative.text(),
     complete: !$("complete-row").hidden && $("complete").checked && sets.some((field) => field.text()),
     like: model.like ? likes : [],
     invent: invents ? number("invent") ?? 0 : 0,
     condition_seed: invents ? number("condition-seed") ?? 0 : 0,
-    per_condition: number("per-condition") ?? 1,
+    per_condition: any ? 1 : number("per-condition") ?? 1,
     seeds: $("seeds").value.trim() || undefined,
     width: number("width"),
     height: number("height"),
@@ -270,8 +290,7 @@ function request() {
       solver: $("solver").value,
       steps: number("steps"),
       guidance: number("guidance"),
-      // As large as any level.
-      guidance_interval: guided ? [interval[0] ?? 0, interval[1] ?? 1e6] : null,
+      guidance_interval: guided ? [interval[0] ?? 0, interval[1] ?? ABOVE_ALL] : null,
       sigma_min: number("sigma-min"),
       sigma_max: number("sigma-max"),
       rho: number("rho"),
@@ -286,16 +305,17 @@ async function draw() {
   asking = true;
   $("problem").textContent = "";
   try {
-    for (const field of [...($("sets").hidden ? [] : sets), negative]) {
+    for (const field of [...sets, negative]) {
       if (!$("conditions").hidden && !(await field.take())) return field.input.focus();
     }
     if (running) await cancel();
     const wanted = request();
     const job = await post("/api/v1/generate", wanted);
     running = job.id;
-    kept.jobs = [...kept.jobs, { id: job.id, wanted: { ...wanted, like: [] } }].slice(-MOST_JOBS);
+    const drawn = { ...wanted, like: [], factor: model.factor };
+    kept.jobs = [...kept.jobs, { id: job.id, drawn }].slice(-MOST_JOBS);
     remember("sessionStorage", "jobs", kept);
-    follow(job, wanted);
+    follow(job, drawn);
   } catch (error) {
     $("problem").textContent = error.message;
   } finally {
@@ -304,16 +324,16 @@ async function draw() {
 }
 
 /** Shows a job until its end. */
-async function follow(job, wanted) {
+async function follow(job, drawn) {
   $("stage").hidden = false;
-  board(job, wanted);
+  if (running === job.id) board(job, drawn);
   const saved = new Map();
   let problem = "";
   try {
     const end = await watch(job.id, (seen) => {
-      if (running === job.id) progress(seen, wanted);
+      if (running === job.id) progress(seen, drawn);
       for (const picture of seen.pictures) {
-        if (!saved.has(picture.index)) saved.set(picture.index, keep(picture, wanted.model));
+        if (!saved.has(picture.index)) saved.set(picture.index, keep(picture, drawn));
       }
     });
     await Promise.all(saved.values());
@@ -333,7 +353,7 @@ async function cancel() {
 }
 
 const shape = (wanted) => `${wanted.width} / ${wanted.height}`;
-const isSmall = (wanted) => wanted.width * model.factor <= 128;
+const isSmall = ({ width, factor }) => width * factor <= 128;
 
 /** An empty place for each picture. */
 function board(job, wanted) {
@@ -381,14 +401,13 @@ function words({ condition }) {
   return condition?.tags || (condition?.like ? `like ${condition.like}` : "no condition");
 }
 
-/** Puts a finished picture of a model into the gallery: the file itself, as the server forgets it some time. */
-async function keep(picture, model) {
+/** Puts a finished picture of a job into the gallery: the file itself, as the server forgets it some time. */
+async function keep(picture, { model, factor }) {
   const blob = await (await ask(picture.url)).blob();
   const { parameters, seed } = picture;
   const src = URL.createObjectURL(blob);
   const image = Object.assign(new Image(), { src, alt: `${words(parameters)}, seed ${seed}` });
-  const factor = models.find(({ name }) => name === model)?.factor ?? 1;
-  image.classList.toggle("small", parameters.width * factor <= 128);
+  image.classList.toggle("small", isSmall({ width: parameters.width, factor }));
   const caption = Object.assign(document.createElement("span"), { textContent: words(parameters) });
   const button = Object.assign(document.createElement("button"), { type: "button" });
   button.append(image, caption);
@@ -427,8 +446,11 @@ function nameOf({ model }) {
 function textOf(condition) {
   const { negative, ...own } = condition;
   if (Object.keys(own).length === 0) return "";
-  // They are listed in their order.
-  if (vocabulary.classes) return vocabulary.tags[own.class]?.tag ?? null;
+  if (vocabulary.classes) {
+    // Classes are listed by their number. One that had another name was of another model, or of other names.
+    const label = vocabulary.tags[own.class]?.tag ?? null;
+    return own.name && label !== own.name && label !== String(own.class) ? null : label;
+  }
   // What was invented or completed for tags has become tags; features have to be completed again.
   return (model?.tags === "plain" ? own.tags : own.asked) ?? null;
 }
@@ -445,7 +467,6 @@ function restoreConditions(conditions) {
     avoided.size === 1 && (texts.length < 2 || !texts.includes("")) && (plain || (seeds.size === 1 && seed != null)));
   setWords(again ? texts.filter(Boolean) : []);
   negative.set(!again ? [] : vocabulary.classes ? [...avoided].filter(Boolean) : parts([...avoided].join()));
-  $("any").checked = $("sets").hidden = false;
   $("complete").checked = false;
   $("invent").value = again && invented ? conditions.length : 0;
   if (again && seed != null) $("condition-seed").value = seed;
@@ -471,7 +492,8 @@ export async function restore(about, name = nameOf(about)) {
     [!apart, "its seeds"],
     [about.towards, "the seed that it goes towards"],
     [about.from, "what it began from"],
-    [about.sampler.guidance !== 1 && (about.gnet ?? null) !== model?.gnet, about.gnet ? "the network that guided it" : "that it guided itself"],
+    [about.sampler.guidance !== 1 && (about.gnet ?? null) !== (model?.gnet ?? null),
+      about.gnet ? "the network that guided it" : "guidance without another network"],
   ];
   const named = lost.filter(([is]) => is).map(([, what]) => what);
   toast(named.length ? `Parameters taken over, but not ${named.join(", ")}.` : "Parameters taken over.");

@@ -52,6 +52,17 @@ export class TagField {
     return this.words().join(", ");
   }
 
+  /** What it holds, also what is typed and not taken yet. */
+  get state() {
+    return { tags: this.tags, typed: this.input.value };
+  }
+
+  set state({ tags, typed }) {
+    this.tags = tags;
+    this.input.value = typed;
+    this.show();
+  }
+
   /** Replaces the tags, each given as it is written. */
   set(tags) {
     this.tags = [];
@@ -194,6 +205,13 @@ export class TagField {
     this.list();
   }
 
+  /** Whether a text is a known tag, or a class's number or one of its names. */
+  isExact(text) {
+    const { known, tags, classes } = this.vocabulary();
+    const names = () => tags.flatMap(({ tag }) => tag.split(",")).map((name) => name.trim().toLowerCase());
+    return known.has(text) || (classes && (/^\d+$/.test(text) || names().includes(text.toLowerCase())));
+  }
+
   key(event) {
     const { key } = event;
     if ((key === "ArrowDown" || key === "ArrowUp") && this.found.length) {
@@ -203,7 +221,7 @@ export class TagField {
       this.list();
     } else if (key === "Enter" && !event.ctrlKey && !event.metaKey && this.input.value.trim()) {
       event.preventDefault();
-      const exact = this.vocabulary().known.has(this.input.value.trim());
+      const exact = this.isExact(this.input.value.trim());
       const chosen = this.found[this.at] ?? (exact ? null : this.found[0]);
       if (chosen) {
         this.close();

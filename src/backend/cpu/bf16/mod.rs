@@ -1,4 +1,4 @@
-//! Products in bfloat16 with f32 sums, for sampling: on the matrix unit of an Intel Xeon (AMX), or with AVX-512 BF16.
+//! Products in bfloat16 with f32 sums: on the matrix unit of an Intel Xeon (AMX), or with AVX-512 BF16.
 //!
 //! Both multiply pairs of values: `vdpbf16ps` adds two products to each of 16 sums, `tdpbf16ps` 32 products to each of
 //! 256. So weights are packed in pairs of rows, once; the rows of the left matrix are read as they lie in memory:
@@ -73,11 +73,11 @@ impl Unit {
     }
 
     /// Packs a matrix into `to`, which has `k` rows.
-    fn pack(self, to: &mut [u16], k: usize, from: Mat<f32>, [rows, cout]: [usize; 2]) {
+    fn pack(self, to: &mut [u16], k: usize, from: Mat<f32>, [rows, cout]: [usize; 2], threads: Threads) {
         let round =
             |row: usize, column: usize| half::bf16::from_f32(from.data[row * from.rows + column * from.cols]).to_bits();
         // Every column has k values, so a block begins k times as far in as the columns before it.
-        for (block, to) in to.chunks_mut(k * self.columns()).enumerate() {
+        let pack = |(block, to): (usize, &mut [u16])| {
             let (first, wide) = (block * self.columns(), to.len() / k);
             let columns = wide.min(cout - first);
             for (row, to) in (0..rows).step_by(2).zip(to.chunks_exact_mut(2 * wide)) {
@@ -92,6 +92,10 @@ impl Unit {
                     to[1] = if row + 1 < rows { round(row + 1, first + i) } else { 0 };
                 }
             }
+        };
+        match threads {
+            Threads::One => to.chunks_mut(k * self.columns()).enumerate().for_each(pack),
+            Threads::All => to.par_chunks_mut(k * self.columns()).enumerate().for_each(pack),
         }
     }
 }
@@ -146,7 +150,7 @@ impl Packed {
         let size = packed.size();
         let values: &mut [u16] = cast_slice_mut(&mut packed.lines);
         values.par_chunks_mut(size).zip(weight.par_chunks(k * cout)).for_each(|(to, from)| {
-            unit.pack(to, k, Mat::new(from, cout), [k, cout]);
+            unit.pack(to, k, Mat::new(from, cout), [k, cout], Threads::All);
         });
         packed
     }
@@ -156,11 +160,11 @@ impl Packed {
     ///
     /// # Panics
     /// If the processor has no unit.
-    pub fn matrix(from: Mat<f32>, rows: usize, cout: usize) -> Self {
+    pub fn matrix(from: Mat<f32>, rows: usize, cout: usize, threads: Threads) -> Self {
         let k = rows.next_multiple_of(32);
         let unit = Unit::best(k).expect(NO_UNIT);
         let mut packed = Self::zeros(unit, 1, k, cout);
-        unit.pack(cast_slice_mut(&mut packed.lines), k, from, [rows, cout]);
+        unit.pack(cast_slice_mut(&mut packed.lines), k, from, [rows, cout], threads);
         packed
     }
 
