@@ -542,11 +542,11 @@ async fn classes_are_chosen_by_name_and_a_page_that_is_loaded_again_goes_on() {
     browser.goto(&server).await;
     browser.until("!document.getElementById('go').disabled && document.getElementById('seeds').value === '0-3'").await;
     browser.set("#sets .tags input", "4").await;
-    browser.set("#seeds", "5").await;
+    browser.set("#seeds", "5-7").await;
     browser.set("#steps", "2").await;
     browser.click("#go").await;
-    browser.until(&format!("{FINISHED} === 1 && document.querySelector('#gallery img')")).await;
-    assert_eq!(browser.run("return document.querySelectorAll('#gallery img').length").await, 1);
+    browser.until(&format!("{FINISHED} === 3 && document.querySelectorAll('#gallery img').length >= 3")).await;
+    assert_eq!(browser.run("return document.querySelectorAll('#gallery img').length").await, 3);
     browser.nothing_went_wrong().await;
 }
 

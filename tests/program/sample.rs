@@ -566,7 +566,10 @@ fn pictures_carry_their_parameters_and_are_never_overwritten_unasked() {
     };
     let settings = "Steps: 2, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 2.0";
     let version = format!("Version: edm2k {}", env!("CARGO_PKG_VERSION"));
-    let expected = format!("heart, smiling face\n{settings}, Seed: 3, Size: 24x16, Model: m, {version}");
+    let expected = format!(
+        "heart, smiling face\n{settings}, Seed: 3, Size: 24x16, Model: m, \
+         Guidance interval: \"[0.001,50.0]\", {version}"
+    );
     assert_eq!(infotext("out/000003.png"), Some(expected));
     assert_eq!((infotext("out/grid.png"), infotext("out/000003-steps.png")), (None, None));
     bench.sample("--outdir away --tags |(cat:1.2)| --negative dog --solver heun").success();

@@ -108,7 +108,7 @@ export async function start(started) {
 
 /** The jobs that this tab had before it was loaded again, as far as the server knows them: what goes on, and what they made. */
 async function again() {
-  const look = async ({ id, drawn }) => ({ drawn, job: await json(`/api/v1/jobs/${id}`).catch(() => null) });
+  const look = async (drawn) => ({ drawn, job: await json(`/api/v1/jobs/${drawn.id}`).catch(() => null) });
   const known = (await Promise.all(kept.jobs.map(look))).filter(({ job }) => job);
   const open = ({ job }) => ["queued", "running"].includes(job.stage);
   // First what goes on, as the server soon cancels what nobody watches.
@@ -312,8 +312,8 @@ async function draw() {
     const wanted = request();
     const job = await post("/api/v1/generate", wanted);
     running = job.id;
-    const drawn = { ...wanted, like: [], factor: model.factor };
-    kept.jobs = [...kept.jobs, { id: job.id, drawn }].slice(-MOST_JOBS);
+    const drawn = { ...wanted, id: job.id, like: [], factor: model.factor };
+    kept.jobs = [...kept.jobs, drawn].slice(-MOST_JOBS);
     remember("sessionStorage", "jobs", kept);
     follow(job, drawn);
   } catch (error) {
@@ -402,7 +402,7 @@ function words({ condition }) {
 }
 
 /** Puts a finished picture of a job into the gallery: the file itself, as the server forgets it some time. */
-async function keep(picture, { model, factor }) {
+async function keep(picture, { id, model, factor }) {
   const blob = await (await ask(picture.url)).blob();
   const { parameters, seed } = picture;
   const src = URL.createObjectURL(blob);
@@ -414,7 +414,10 @@ async function keep(picture, { model, factor }) {
   button.onclick = () => open({ src, parameters, seed, model, small: image.classList.contains("small") });
   const item = document.createElement("li");
   item.append(button);
-  $("gallery").prepend(item);
+  // The newest first, whichever arrives first.
+  item.place = [id, picture.index];
+  const isOlder = ({ place: [job, index] }) => job < id || (job === id && index < picture.index);
+  $("gallery").insertBefore(item, [...$("gallery").children].find(isOlder) ?? null);
   $("empty").hidden = true;
 }
 
