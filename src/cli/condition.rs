@@ -144,7 +144,7 @@ fn progress_path(out: &Path) -> PathBuf {
 
 fn train(args: &TrainArgs, requests: &Requests) -> anyhow::Result<Ended> {
     requests.begin();
-    let _claim = super::claim(&args.out, args.overwrite, &[])?;
+    let _claim = super::claim_tensors(&args.out, args.overwrite, &[])?;
     let data = Dataset::open(&args.data, Split::Train)?;
     let (width, known) = (data.condition_dim(), data.vocabulary().len());
     let tags = data.header().conditioning == Conditioning::Tags;

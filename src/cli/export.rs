@@ -76,7 +76,7 @@ pub fn run(args: ExportArgs) -> anyhow::Result<()> {
         args.ema.is_none() || args.from_checkpoint.is_some(),
         "--ema says which average of a checkpoint to take: give --from-checkpoint, not a model, which has one"
     );
-    let _claim = super::claim(&args.out, args.overwrite, &checkpoint)?;
+    let _claim = super::claim_tensors(&args.out, args.overwrite, &checkpoint)?;
     let (model, usual) = match (&args.model, &args.from_checkpoint) {
         (_, Some(path)) => (of_checkpoint(path, args.ema)?, Stored::F16),
         (Some(path), None) => (Model::load(path)?, Stored::F32),

@@ -51,7 +51,7 @@ pub struct ImportArgs {
 /// Writes the model; what it is goes to stdout.
 pub fn run(args: ImportArgs) -> anyhow::Result<()> {
     let inputs: Vec<&Path> = [&args.snapshot].into_iter().chain(&args.config).map(PathBuf::as_path).collect();
-    let _claim = super::claim(&args.out, args.overwrite, &inputs)?;
+    let _claim = super::claim_tensors(&args.out, args.overwrite, &inputs)?;
     let (mut model, stored) = match &args.config {
         Some(config) => bare(&args.snapshot, config)?,
         None => {

@@ -114,6 +114,15 @@ pub fn claim(path: &Path, overwrite: bool, inputs: &[&Path]) -> anyhow::Result<C
     }
 }
 
+/// The same for a file of tensors, which nobody would find to be safetensors under another format's ending.
+pub fn claim_tensors(path: &Path, overwrite: bool, inputs: &[&Path]) -> anyhow::Result<Claim> {
+    let ending = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+    if ["pkl", "pt", "pth", "ckpt", "bin", "onnx", "npy", "npz"].contains(&&*ending) {
+        bail!("{}: found the ending .{ending}, expected .safetensors, which it would be", path.display());
+    }
+    claim(path, overwrite, inputs)
+}
+
 /// Says of an output that it is there already.
 pub fn exists(path: &Path) -> anyhow::Error {
     anyhow!("{} exists; give --overwrite, or another name", path.display())

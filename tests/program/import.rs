@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::common::command::{here, refused};
+use crate::common::command::{here, refused, refused_in_one_line};
 use crate::weights::swapped;
 use edm2k::formats::pickle::{Id, MAX_OPCODES, Pickle, Value};
 use edm2k::formats::safetensors::{Dtype, SafeFile};
@@ -260,6 +260,9 @@ fn an_imported_model_is_exported_under_the_official_names_and_comes_back() {
     };
     let (single, half) = (path("single.safetensors"), path("half.safetensors"));
     export(&imported, &single, "f32").assert().success().stdout(contains("exported 63 tensors"));
+    let pickle = single.with_extension("pkl");
+    let said = refused_in_one_line(export(&imported, &pickle, "f32").assert());
+    assert!(said.contains("found the ending .pkl, expected .safetensors") && !pickle.exists(), "{said}");
     export(&single, &half, "f16").assert().success();
     export(&single, &half, "f16").assert().failure().stderr(contains("half.safetensors exists"));
     assert_eq!(fs::read(&imported).unwrap(), fs::read(&half).unwrap(), "f16 -> f32 -> f16");
