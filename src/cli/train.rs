@@ -183,7 +183,11 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
     };
     if let Some(v) = &validation {
         let dir = args.data.display();
-        Domain::of_dataset(v).check(format!("{dir} (validation)"), &Domain::of_dataset(&data), "the training split")?;
+        Domain::of_dataset(v).check_given(
+            format!("{dir} (validation)"),
+            &Domain::of_dataset(&data),
+            "the training split",
+        )?;
         let sizes = |data: &Dataset| data.header().all_sizes();
         ensure!(sizes(v) == sizes(&data), "{dir}: the validation split is not of the same size");
     }

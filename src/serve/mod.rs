@@ -82,7 +82,7 @@ use crate::system;
 
 use guard::{Guard, Unsafe};
 use queue::{Capacity, Queue};
-use request::{Guide, Offer, Refusal, Tags};
+use request::{Guide, Misfits, Offer, Refusal, Tags};
 use runs::Runs;
 
 /// Connections at a time. More of them wait in the system's own queue, until that is full.
@@ -220,8 +220,7 @@ impl Server {
         if let Some((_, offer)) = known.iter().find(|(then, offer)| *then == stamp && offer.path == path) {
             return Ok(offer.clone());
         }
-        let (offer, _) = self.shelf.offer(name.into(), &path).map_err(|error| failed(&error))?;
-        let offer = Arc::new(offer);
+        let offer = Arc::new(self.shelf.offer(name.into(), &path).map_err(|error| failed(&error))?);
         known.retain(|(_, other)| other.path != path);
         if known.len() == SNAPSHOTS {
             known.remove(0);
@@ -247,13 +246,6 @@ struct Shelf {
     tagger: bool,
 }
 
-/// Why what is on the shelf does not suit a model.
-#[derive(Default)]
-struct Misfits {
-    guide: Option<String>,
-    condition_model: Option<String>,
-}
-
 impl Shelf {
     fn new(files: &Files) -> Result<Self, ServeError> {
         let vae = files.condition_model.as_ref().map(Vae::load).transpose()?;
@@ -274,8 +266,8 @@ impl Shelf {
         })
     }
 
-    /// What a model file offers, and why it does not with what.
-    fn offer(&self, name: String, path: &Path) -> Result<(Offer, Misfits), ServeError> {
+    /// What a model file offers.
+    fn offer(&self, name: String, path: &Path) -> Result<Offer, ServeError> {
         let file = ModelFile::open(path)?;
         let (config, meta) = (file.net.config.clone(), file.meta.clone());
         let (model, channels) = (path.to_owned(), config.img_channels);
@@ -319,31 +311,27 @@ impl Shelf {
         };
         let (like, invents) = (features && self.tagger, invented.is_some());
         let path = path.into();
-        let offer = Offer { name, path, config, meta, vocabulary, tags, classes, like, invents, guide, factor };
-        Ok((offer, misfits))
+        Ok(Offer { name, path, config, meta, vocabulary, tags, classes, like, invents, guide, factor, misfits })
     }
 
     /// The offers of the given models, named after their files. With `more` there may be others later, of runs.
     fn offers(&self, files: &Files, more: bool) -> Result<Vec<Arc<Offer>>, ServeError> {
         let mut offers: Vec<Arc<Offer>> = Vec::new();
-        let mut all = Misfits::default();
         for path in &files.models {
             let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
             let name = |number: u32| if number == 1 { stem.clone() } else { format!("{stem}-{number}") };
             let free = |name: &String| offers.iter().all(|offer| offer.name != *name);
             let name = (1..).map(name).find(free).unwrap_or_default();
-            let (offer, why) = self.offer(name, path)?;
-            all.guide = all.guide.or(why.guide);
-            all.condition_model = all.condition_model.or(why.condition_model);
-            offers.push(Arc::new(offer));
+            offers.push(Arc::new(self.offer(name, path)?));
         }
         let used = |path: &Option<PathBuf>, by: &dyn Fn(&Offer) -> bool| match path {
             Some(path) if !more && !offers.iter().any(|offer| by(offer)) => Err(path.clone()),
             _ => Ok(()),
         };
         let unused = |why: Option<String>| move |path| ServeError::Unused { path, why };
-        used(&files.condition_model, &|offer| offer.invents).map_err(unused(all.condition_model))?;
-        used(&files.guide, &|offer| offer.guide.is_some()).map_err(unused(all.guide))?;
+        let first = |why: fn(&Misfits) -> &Option<String>| offers.iter().find_map(|offer| why(&offer.misfits).clone());
+        used(&files.condition_model, &|offer| offer.invents).map_err(unused(first(|all| &all.condition_model)))?;
+        used(&files.guide, &|offer| offer.guide.is_some()).map_err(unused(first(|all| &all.guide)))?;
         used(&files.class_names, &|offer| offer.classes.is_some()).map_err(unused(None))?;
         let latents = |offer: &Offer| offer.meta.encoder == ImageSpace::SdVae;
         used(&files.vae, &latents).map_err(unused(None))?;

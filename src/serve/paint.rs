@@ -39,12 +39,10 @@ pub struct Painter {
 /// Opens a model with all that goes with it, and says what is doubtful about it.
 fn open(device: &Device, files: &Files, offer: &Offer, say: &mut dyn FnMut(&str)) -> Result<Pipeline, PipelineError> {
     let mut pipeline = Pipeline::load(device, &offer.path)?;
-    match &files.guide {
-        Some(path) if offer.guide.is_some() => pipeline = pipeline.with_guide(path)?,
-        Some(path) => {
-            say(&format!("{} does not guide {}, as they do not go together", path.display(), offer.path.display()))
-        }
-        None => {}
+    let misfits = [&offer.misfits.guide, &offer.misfits.condition_model];
+    misfits.into_iter().flatten().for_each(|why| say(&format!("warning: {} goes without: {why}", offer.name)));
+    if let Some(path) = files.guide.as_ref().filter(|_| offer.guide.is_some()) {
+        pipeline = pipeline.with_guide(path)?;
     }
     match &offer.classes {
         // Requests were checked with these, whatever the file has now.

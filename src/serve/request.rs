@@ -98,6 +98,15 @@ pub struct Guide {
     pub conditional: bool,
 }
 
+/// Why something that the server was given does not go with a model.
+#[derive(Debug, Default)]
+pub struct Misfits {
+    /// The network that guides.
+    pub guide: Option<String>,
+    /// The condition model.
+    pub condition_model: Option<String>,
+}
+
 /// What a model is, as far as requests are concerned.
 #[derive(Debug)]
 pub struct Offer {
@@ -123,6 +132,8 @@ pub struct Offer {
     pub guide: Option<Guide>,
     /// Pixels for each value of its images, in each direction.
     pub factor: usize,
+    /// Why it goes without the rest.
+    pub misfits: Misfits,
 }
 
 impl Offer {
@@ -266,6 +277,9 @@ impl CheckedRequest {
             sampler.guidance = 1.0;
         }
         sampler.validate().map_err(|error| invalid(&error))?;
+        ensure(sampler.guidance != 1.0 || sampler.guidance_interval.is_none(), || {
+            "guidance_interval does nothing at guidance 1".into()
+        })?;
         ensure(sampler.strength == 1.0, || "strength: there is no image to begin from".into())?;
         ensure(negative.is_none() || sampler.guidance != 1.0, || PipelineError::UnusedNegative.to_string())?;
 
@@ -367,8 +381,8 @@ pub(super) mod tests {
         let config = preset("1girl-xs").unwrap().config;
         let (path, vocabulary, meta) = (PathBuf::new(), Vocabulary::default(), ModelMeta::of(&config));
         let (name, tags, like, invents, factor) = ("m".into(), Tags::No, true, false, 1);
-        let (classes, guide) = (None, None);
-        Arc::new(Offer { name, path, config, meta, vocabulary, tags, classes, like, invents, guide, factor })
+        let (classes, guide, misfits) = (None, None, Misfits::default());
+        Arc::new(Offer { name, path, config, meta, vocabulary, tags, classes, like, invents, guide, factor, misfits })
     }
 
     #[test]

@@ -499,6 +499,13 @@ async fn classes_are_chosen_by_name_and_a_page_that_is_loaded_again_goes_on() {
     browser.drop_file("000009.png", &shark).await;
     browser.until(&format!("{CHIPS}.join('|') === 'great white shark, white shark'")).await;
     assert_eq!(browser.run("return document.querySelector('#negative').textContent").await, "4");
+
+    // One that was drawn without any class cannot be asked for here.
+    let bare = fs::read(sampled(&["--seeds", "3", "--steps", "2"], "bare").join("000003.png")).unwrap();
+    browser.drop_file("000003.png", &bare).await;
+    browser.until("document.getElementById('toast').textContent.endsWith('but not its conditions.')").await;
+    browser.drop_file("000009.png", &shark).await;
+    browser.until(&format!("{CHIPS}.join('|') === 'great white shark, white shark'")).await;
     browser.run("document.querySelector('#negative .chip').click()").await;
 
     // A random class for each seed; then the page is loaded again while a job runs, which goes on.

@@ -829,6 +829,8 @@ fn prompts_have_weights_negatives_and_seeds() {
         "guidance interval = 100,200, expected one that holds a step's noise level; they go from 80 to 0.002";
     bench.fails("--outdir e --tags cat --negative dog --guidance-interval 100,200", no_level);
     bench.fails("--outdir e --tags cat --guidance-interval 100,200", no_level);
+    let nothing = "--guidance-interval does nothing at guidance 1";
+    bench.fails("--outdir e --tags cat --guidance 1 --guidance-interval 1,20", nothing);
 
     // From standard input; nothing to avoid is no negative.
     let nothing = "{\"tags\": \"heart\", \"negative\": \" \", \"seed\": 40}\n";
@@ -1059,9 +1061,12 @@ fn mistakes_are_one_clear_line() {
     let message = "made for another vocabulary (it has \"heart\" where m.safetensors has \"cat\"; ";
     bench.fails("--outdir o --random-conditions 3 --condition-model other.safetensors", message);
     bench.fails("--outdir m.safetensors/x", "--outdir: m.safetensors/x");
-    bench.fails("--outdir o --gnet missing.safetensors", "missing.safetensors");
+    for guidance in [1, 2] {
+        let missing = "--gnet: missing.safetensors: No such file";
+        bench.fails(&format!("--outdir o --gnet missing.safetensors --guidance {guidance}"), missing);
+    }
     // The start of every series of guidances.
-    let said = bench.sample("--outdir plain --gnet missing.safetensors --guidance 1 --steps 2").success();
+    let said = bench.sample("--outdir plain --gnet m.safetensors --guidance 1 --steps 2").success();
     let said = String::from_utf8_lossy(&said.get_output().stderr).into_owned();
     assert!(said.contains("warning: --gnet does nothing at guidance 1"), "{said}");
     assert!(!bench.path("o").exists());

@@ -399,6 +399,10 @@ fn what_cannot_be_drawn_is_refused_with_what_is_wrong() {
         ),
         (json!({"tags": ["cat"], "negative": "dog", "sampler": {"guidance": 1.0}}), "does nothing at guidance 1"),
         (json!({"sampler": {"guidance_interval": [100, 200]}}), "expected one that holds a step's noise level"),
+        (
+            json!({"sampler": {"guidance": 1.0, "guidance_interval": [1, 20]}}),
+            "guidance_interval does nothing at guidance 1",
+        ),
         (json!({"sampler": {"strength": 0.25}}), "strength: there is no image to begin from"),
         (json!({"sampler": {"steps": 0}}), "steps = 0, expected 1 to 10000"),
         (json!({"sampler": {"solver": "ddim"}}), "unknown variant `ddim`"),

@@ -11,6 +11,7 @@ use edm2k::condition::Conditioning;
 use edm2k::condition::classes::Classes;
 use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::memory;
+use edm2k::model::ModelFile;
 use edm2k::pipeline::{Kept, OutDir, Pipeline, Request};
 use edm2k::sample::presets::{SamplingPreset, preset};
 use edm2k::sample::{Churn, SamplerConfig, Solver, parse_seeds};
@@ -238,6 +239,7 @@ impl SamplerArgs {
         let why = "the model was trained without --cond-dropout, and there is no network to guide away from";
         match self.guidance {
             Some(1.0) => None,
+            None if config.guidance == 1.0 => None, // the preset's
             Some(_) => Some(format!("warning: {why}: --guidance makes pictures worse")),
             None => {
                 config.guidance = 1.0;
@@ -305,9 +307,14 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     let device = ranks.open(&args.device)?.fastest();
     let mut pipeline = Pipeline::load(&device, &args.model).context("--model")?;
     match &args.gnet {
-        Some(_) if sampler.guidance == 1.0 && ranks.first() => note!("warning: --gnet does nothing at guidance 1"),
-        Some(guide) if sampler.guidance != 1.0 => pipeline = pipeline.with_guide(guide).context("--gnet")?,
-        _ => {}
+        Some(guide) if sampler.guidance == 1.0 => {
+            ModelFile::open(guide).context("--gnet")?;
+            if ranks.first() {
+                note!("warning: --gnet does nothing at guidance 1");
+            }
+        }
+        Some(guide) => pipeline = pipeline.with_guide(guide).context("--gnet")?,
+        None => {}
     }
     if let Some(vae) = &args.condition_model {
         pipeline = pipeline.with_condition_model(vae).context("--condition-model")?;
@@ -351,6 +358,10 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     if wanted.is_empty() && pipeline.meta().is_always_conditional(&pipeline.net().config) && ranks.first() {
         note!("warning: the model was trained without --cond-dropout, so it never learned to draw without a condition");
     }
+    ensure!(
+        sampler.guidance != 1.0 || sampler.guidance_interval.is_none(),
+        "--guidance-interval does nothing at guidance 1"
+    );
     let kept = match (pipeline.makes_pictures(), args.save_steps) {
         (false, _) => Kept::Latents,
         (true, true) => Kept::Steps,

@@ -1,6 +1,6 @@
 // Begins: the theme, the two views, what the server is.
 
-import { choose, start, toast } from "./draw.js";
+import { choose, isUsed, start, toast } from "./draw.js";
 import { show } from "./runs.js";
 import { json } from "./server.js";
 import { recall, remember } from "./store.js";
@@ -31,7 +31,7 @@ function select(view) {
 
 const runs = () => show(() => !$("runs").hidden, async (snapshot) => {
   try {
-    await choose(snapshot);
+    if (!(await choose(snapshot))) return;
     select("draw");
     toast(`Drawing with ${snapshot}.`);
   } catch (error) {
@@ -55,8 +55,7 @@ try {
   $("device").textContent = `${server.version} on ${server.device}`;
   $("tab-runs").hidden = !server.runs;
   await start(server.started);
-  const { length } = await json("/api/v1/models");
-  if (!length && server.runs) select("runs");
+  if (!isUsed() && server.runs) select("runs");
 } catch (error) {
   toast(error.message);
 }

@@ -29,10 +29,15 @@ let shown = null;
 /** What to remember of this tab: its last jobs, of the server that was started then. */
 let kept = { started: 0, jobs: [] };
 const MOST_JOBS = 32;
+/** The fields of the form that are remembered by their values. */
+const FIELDS = ["solver", "steps", "guidance", "rho", "sigma-min", "sigma-max", "low", "high", "churn", "width", "height", "seeds",
+  "per-condition", "invent", "condition-seed"];
 /** A noise level as large as any. */
 const ABOVE_ALL = 1e6;
 /** Whether the form is what it was, or what it begins with. */
 let ready = false;
+/** How many jobs this tab has asked for, also before it was loaded again. */
+let turn = 0;
 /** How often a model was chosen. */
 let choices = 0;
 
@@ -89,18 +94,21 @@ export async function start(started) {
   dropping();
   const before = recall("sessionStorage", "jobs");
   kept = { started, jobs: before?.started === started ? before.jobs : [] };
+  turn = kept.jobs.at(-1)?.turn ?? 0;
   again();
   await defaults();
   await choose(models[0]?.name);
   const form = recall("sessionStorage", "form");
+  if (form) await refill(form).catch(({ message }) => toast(`The form is not as it was: ${message}`));
   // Its pictures take room that the jobs need.
   remember("sessionStorage", "form", null);
-  if (form) await refill(form).catch(({ message }) => toast(`The form is not as it was: ${message}`));
   addEventListener("pagehide", () => {
     if (!model) return;
-    const form = { ...request(), sets: sets.map((field) => field.state), avoided: negative.state };
+    const fields = Object.fromEntries(FIELDS.map((id) => [id, $(id).value]));
+    const [words, complete] = [sets.map((field) => field.state), $("complete").checked];
+    const form = { model: model.name, fields, churn, words, avoided: negative.state, complete, likes };
     // Pictures may be more than a browser keeps.
-    remember("sessionStorage", "form", form) || remember("sessionStorage", "form", { ...form, like: [] });
+    remember("sessionStorage", "form", form) || remember("sessionStorage", "form", { ...form, likes: [] });
   });
   ready = true;
   $("go").disabled = !model;
@@ -123,15 +131,14 @@ async function again() {
 
 /** Fills the form as it was. */
 async function refill(form) {
-  await choose(form.model);
-  apply(form.sampler);
-  for (const [id, value] of [["width", form.width], ["height", form.height], ["seeds", form.seeds], ["invent", form.invent],
-    ["condition-seed", form.condition_seed], ["per-condition", form.per_condition]]) $(id).value = value ?? "";
+  if (!(await choose(form.model))) return;
+  for (const id of FIELDS) $(id).value = form.fields[id];
+  churn = form.churn;
   setWords([]);
-  form.sets.forEach((state, number) => ((number === 0 ? sets[0] : addSet()).state = state));
+  form.words.forEach((state, number) => ((number === 0 ? sets[0] : addSet()).state = state));
   negative.state = form.avoided;
   $("complete").checked = form.complete;
-  form.like.forEach((url, number) => showLike(url, `picture ${number + 1}`));
+  form.likes.forEach((url, number) => showLike(url, `picture ${number + 1}`));
 }
 
 /** What `edm2k sample` does when it is told nothing, as the API's description has it. */
@@ -152,10 +159,10 @@ function apply(sampler) {
   $("churn").value = churn.s_churn ?? 0;
 }
 
-/** Draws with this model from now on, a snapshot of a run perhaps. */
+/** Draws with this model from now on, a snapshot of a run perhaps; false if another was chosen before that was ready. */
 export async function choose(name) {
   $("model-row").hidden = models.length === 0 && !name;
-  if (!name) return;
+  if (!name) return false;
   const choice = ++choices;
   const named = () => models.find((known) => known.name === name);
   if (!named()) {
@@ -165,8 +172,7 @@ export async function choose(name) {
   const chosen = named();
   const [takes, classes] = [chosen.tags !== "no" || chosen.classes > 0, chosen.classes > 0];
   const { tags } = takes ? await json(`/api/v1/vocabulary?model=${encodeURIComponent(name)}`) : { tags: [] };
-  // Meanwhile another one may have been chosen.
-  if (choice !== choices) return;
+  if (choice !== choices) return false;
   const changes = classes !== vocabulary.classes;
   model = chosen;
   vocabulary = { model: name, tags, known: new Set(tags.map(({ tag }) => tag)), classes };
@@ -199,7 +205,11 @@ export async function choose(name) {
     negative.set([]);
   }
   $("go").disabled = !ready;
+  return true;
 }
+
+/** Whether there is something to draw with, or something being drawn. */
+export const isUsed = () => model !== null || running !== null;
 
 function addSet(tags = []) {
   const field = new TagField(() => vocabulary);
@@ -270,6 +280,8 @@ function request() {
   const interval = [number("low"), number("high")];
   const guided = interval.some((level) => level !== undefined);
   const invents = !$("invent-row").hidden;
+  // Where there is no guidance, it has no interval.
+  const guides = model.guided || number("guidance") !== undefined || negative.text() !== "";
   const s_churn = number("churn");
   const classes = vocabulary.classes ? sets.flatMap((field) => field.words()) : [];
   const any = vocabulary.classes && classes.length === 0;
@@ -290,7 +302,7 @@ function request() {
       solver: $("solver").value,
       steps: number("steps"),
       guidance: number("guidance"),
-      guidance_interval: guided ? [interval[0] ?? 0, interval[1] ?? ABOVE_ALL] : null,
+      guidance_interval: guided && guides ? [interval[0] ?? 0, interval[1] ?? ABOVE_ALL] : null,
       sigma_min: number("sigma-min"),
       sigma_max: number("sigma-max"),
       rho: number("rho"),
@@ -301,7 +313,7 @@ function request() {
 
 /** Asks for what the form says. */
 async function draw() {
-  if (asking) return;
+  if (asking || !ready || !model) return;
   asking = true;
   $("problem").textContent = "";
   try {
@@ -310,9 +322,14 @@ async function draw() {
     }
     if (running) await cancel();
     const wanted = request();
+    const { factor } = model;
     const job = await post("/api/v1/generate", wanted);
     running = job.id;
-    const drawn = { ...wanted, id: job.id, like: [], factor: model.factor };
+    const last = kept.jobs.at(-1) ?? { id: 0 };
+    // A server that was started anew counts from 1 again.
+    if (job.id <= last.id) kept = { started: (await json("/api/v1/server")).started, jobs: [] };
+    turn += 1;
+    const drawn = { ...wanted, id: job.id, turn, like: [], factor };
     kept.jobs = [...kept.jobs, drawn].slice(-MOST_JOBS);
     remember("sessionStorage", "jobs", kept);
     follow(job, drawn);
@@ -402,7 +419,7 @@ function words({ condition }) {
 }
 
 /** Puts a finished picture of a job into the gallery: the file itself, as the server forgets it some time. */
-async function keep(picture, { id, model, factor }) {
+async function keep(picture, { turn, model, factor }) {
   const blob = await (await ask(picture.url)).blob();
   const { parameters, seed } = picture;
   const src = URL.createObjectURL(blob);
@@ -415,8 +432,8 @@ async function keep(picture, { id, model, factor }) {
   const item = document.createElement("li");
   item.append(button);
   // The newest first, whichever arrives first.
-  item.place = [id, picture.index];
-  const isOlder = ({ place: [job, index] }) => job < id || (job === id && index < picture.index);
+  item.place = [turn, picture.index];
+  const isOlder = ({ place: [other, index] }) => other < turn || (other === turn && index < picture.index);
   $("gallery").insertBefore(item, [...$("gallery").children].find(isOlder) ?? null);
   $("empty").hidden = true;
 }
@@ -466,8 +483,10 @@ function restoreConditions(conditions) {
   const avoided = new Set(conditions.map(({ negative }) => (negative ? textOf(negative) : "")));
   const seeds = new Set(conditions.map(({ condition_seed }) => condition_seed));
   const [seed] = seeds;
-  const again = conditions.length === 0 || (!$("conditions").hidden && ![...texts, ...avoided].includes(null) &&
-    avoided.size === 1 && (texts.length < 2 || !texts.includes("")) && (plain || (seeds.size === 1 && seed != null)));
+  // A model of classes draws a random one where none is asked for.
+  const none = vocabulary.classes && (conditions.length === 0 || texts.includes(""));
+  const again = !none && (conditions.length === 0 || (!$("conditions").hidden && ![...texts, ...avoided].includes(null) &&
+    avoided.size === 1 && (texts.length < 2 || !texts.includes("")) && (plain || (seeds.size === 1 && seed != null))));
   setWords(again ? texts.filter(Boolean) : []);
   negative.set(!again ? [] : vocabulary.classes ? [...avoided].filter(Boolean) : parts([...avoided].join()));
   $("complete").checked = false;
@@ -480,7 +499,7 @@ function restoreConditions(conditions) {
 
 /** Takes over the parameters of a picture, of this model of the server if that is known; says what it cannot. */
 export async function restore(about, name = nameOf(about)) {
-  if (name) await choose(name);
+  if (name && !(await choose(name))) return;
   apply(about.sampler);
   $("width").value = about.width;
   $("height").value = about.height;
