@@ -37,7 +37,7 @@ impl Image {
     pub fn png(&self) -> Result<Vec<u8>, PipelineError> {
         let picture = self.picture.as_ref().ok_or(PipelineError::NoPicture)?;
         let (about, infotext) = (self.about.to_string(), self.infotext(picture));
-        picture.png(&[&text_of(&about)[..], &[(PARAMETERS, &infotext)]].concat()).map_err(PipelineError::Png)
+        picture.png(&text_of(&about, Some(&infotext))).map_err(PipelineError::Png)
     }
 
     /// See [`infotext`].
@@ -46,9 +46,10 @@ impl Image {
     }
 }
 
-/// The text chunks of every PNG, as (keyword, text).
-pub(super) fn text_of(about: &str) -> [(&str, &str); 2] {
-    [("Software", SOFTWARE), ("edm2k", about)]
+/// The text chunks of a PNG, as (keyword, text); that of one image alone has an [`infotext`].
+pub(super) fn text_of<'a>(about: &'a str, infotext: Option<&'a str>) -> Vec<(&'a str, &'a str)> {
+    let infotext = infotext.map(|text| (PARAMETERS, text));
+    [("Software", SOFTWARE), ("edm2k", about)].into_iter().chain(infotext).collect()
 }
 
 /// A picture of [height, width] pixels as AUTOMATIC1111's web UI describes one, and programs that know it read: the prompt,

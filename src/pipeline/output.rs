@@ -13,7 +13,7 @@ use super::images::text_of;
 use crate::collective::Part;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, TensorOut};
 use crate::formats::{At, DirLock, FileError, LockError, input, transposed, write_atomically};
-use crate::pictures::png::{PARAMETERS, PngError, read_text};
+use crate::pictures::png::{PngError, read_text};
 use crate::pictures::{Picture, decode};
 
 /// Why images cannot be written.
@@ -164,21 +164,21 @@ impl OutDir {
     /// [`OutputError::Meanwhile`], [`OutputError::Png`].
     pub fn save(&self, image: &Image, steps: &[Picture]) -> Result<()> {
         let (about, own) = (image.about.to_string(), &self.names[image.number]);
-        let save = |picture: &Picture, name: String, more: &[(&str, &str)]| {
+        let save = |picture: &Picture, name: String, infotext: Option<&str>| {
             let path = self.dir.join(name);
             if !self.overwrite && path.symlink_metadata().is_ok() {
                 return Err(OutputError::Meanwhile { path });
             }
-            Ok(picture.save(&path, &[&text_of(&about), more].concat())?)
+            Ok(picture.save(&path, &text_of(&about, infotext))?)
         };
         if self.overwrite {
             // Those that are there are of another picture.
             drop(fs::remove_file(self.dir.join(steps_name(own))));
         }
         if let Some(picture) = &image.picture {
-            save(picture, picture_name(own), &[(PARAMETERS, &image.infotext(picture))])?;
+            save(picture, picture_name(own), Some(&image.infotext(picture)))?;
         }
-        if steps.is_empty() { Ok(()) } else { save(&Picture::grid(steps, steps.len()), steps_name(own), &[]) }
+        if steps.is_empty() { Ok(()) } else { save(&Picture::grid(steps, steps.len()), steps_name(own), None) }
     }
 
     /// The picture of image `number`, if some process has written it with the parameters `about`. A file with other
@@ -206,7 +206,7 @@ impl OutDir {
         };
         let free = |path: &PathBuf| self.overwrite || path.symlink_metadata().is_err() || says(path, about);
         let path = (1..).map(name).find(free).unwrap_or_default();
-        Picture::grid(pictures, columns).save(&path, &text_of(&about.to_string()))?;
+        Picture::grid(pictures, columns).save(&path, &text_of(&about.to_string(), None))?;
         Ok(path)
     }
 

@@ -250,8 +250,6 @@ pub struct CheckedRequest {
     pub seeds: Vec<u64>,
     /// [height, width].
     pub size: [usize; 2],
-    /// Whether it has any condition.
-    pub conditioned: bool,
     /// The sampler.
     pub sampler: SamplerConfig,
 }
@@ -332,7 +330,6 @@ impl CheckedRequest {
         })?;
         // Last, as this decodes them.
         let like = like.iter().map(|text| picture(text)).collect::<Result<Vec<_>, _>>()?;
-        let conditioned = rows > 0 || negative.is_some();
         Ok(Self {
             model,
             tags,
@@ -345,15 +342,20 @@ impl CheckedRequest {
             per_condition,
             seeds,
             size,
-            conditioned,
             sampler,
         })
+    }
+
+    /// Whether it has any condition.
+    pub fn conditioned(&self) -> bool {
+        let none = self.tags.is_empty() && self.classes.is_empty() && self.like.is_empty() && self.invent == 0;
+        !none || self.negative.is_some()
     }
 
     /// Whether images of both may be in one batch.
     pub fn fits(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.model, &other.model)
-            && (self.size, self.conditioned) == (other.size, other.conditioned)
+            && (self.size, self.conditioned()) == (other.size, other.conditioned())
             && self.sampler == other.sampler
     }
 }

@@ -24,7 +24,7 @@ use super::bf16::{self, Packed, Rows};
 use super::tensor::{Halves, Pool, Tensor};
 use crate::backend::Shape;
 use crate::backend::codec::{Reach, Window};
-use crate::real::{Dst, Mat, Real, Threads, matmul, simd};
+use crate::real::{Dst, Mat, Real, Threads, for_rows, matmul, simd};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -428,7 +428,7 @@ pub fn wgrad<T: Real>(
         .par_chunks_mut(len)
         .enumerate()
         .for_each(|(part, out)| sum_bands(part, out, false, Threads::One));
-    crate::real::for_rows(out, len.min(4096), |i, out| {
+    for_rows(out, len.min(4096), |i, out| {
         for (part, values) in partial.values().chunks_exact(len).enumerate() {
             let values = &values[i * len.min(4096)..][..out.len()];
             if part == 0 && !accumulate {
@@ -458,11 +458,11 @@ pub fn wgrad_narrow<T: Real>(
     let height = (NARROW_PIXELS / w).max(1);
     for first in (0..n * h).step_by(height) {
         let count = height.min(n * h - first);
-        let band = Band::new(rows.shape, window, first, count);
+        let [band, grads] = [rows.shape, grad.shape].map(|shape| Band::new(shape, window, first, count));
         let mut x = Halves::uninit(pool, band.len());
         band.read_narrow(pool, x.values_mut(), None, all, &rows);
-        let mut g = Tensor::uninit(pool, [1, 1, 1, Band::new(grad.shape, window, first, count).len()]);
-        Band::new(grad.shape, window, first, count).fill(g.values_mut(), None, all, T::zero(), |row, dst| {
+        let mut g = Tensor::uninit(pool, [1, 1, 1, grads.len()]);
+        grads.fill(g.values_mut(), None, all, T::zero(), |row, dst| {
             (grad.read)(row, 0, dst);
             dst.iter_mut().for_each(|g| *g *= gain);
         });
@@ -480,8 +480,9 @@ pub fn wgrad_narrow<T: Real>(
             bf16::product(Rows::all(c), sums, cout, &[x], &g, 0, all);
         }
         if let Some(some) = some {
-            out.par_chunks_mut(4096).zip(some.values().par_chunks(4096)).for_each(|(out, some)| {
-                out.iter_mut().zip(some).for_each(|(out, &x)| *out += x);
+            let len = out.len().min(4096);
+            for_rows(out, len, |i, out| {
+                out.iter_mut().zip(&some.values()[i * len..]).for_each(|(out, &x)| *out += x);
             });
         }
         accumulate = true;
