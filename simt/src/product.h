@@ -41,14 +41,21 @@ static inline void widen(__m128i v, bool bf16, float* out) {
 template <int COLUMNS>
 static inline void multiply(const float (*a)[16], const float (*b)[16][8], float* d, size_t stride) {
 #ifdef __AVX2__
+    // Unrolled, or g++ -O2 keeps the sums in memory.
     __m256 sum[4][COLUMNS];
+#pragma GCC unroll 4
     for (int r = 0; r < 4; r++)
+#pragma GCC unroll 2
         for (int c = 0; c < COLUMNS; c++) sum[r][c] = _mm256_loadu_ps(d + r * stride + c * 8);
     for (int k = 0; k < 16; k++)
+#pragma GCC unroll 4
         for (int r = 0; r < 4; r++)
+#pragma GCC unroll 2
             for (int c = 0; c < COLUMNS; c++)
                 sum[r][c] = _mm256_fmadd_ps(_mm256_broadcast_ss(&a[r][k]), _mm256_load_ps(b[c][k]), sum[r][c]);
+#pragma GCC unroll 4
     for (int r = 0; r < 4; r++)
+#pragma GCC unroll 2
         for (int c = 0; c < COLUMNS; c++) _mm256_storeu_ps(d + r * stride + c * 8, sum[r][c]);
 #else
     for (int k = 0; k < 16; k++)

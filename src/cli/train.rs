@@ -373,8 +373,12 @@ fn start(path: &Path, begun: Option<&State>, notes: &mut Vec<String>) -> anyhow:
 fn other_meaning(args: &TrainArgs, init: &Model, data: &Dataset) -> Vec<String> {
     let (path, theirs) = (args.init.as_deref().unwrap_or(Path::new("")), Domain::of_dataset(data));
     let all = theirs.differences(args.data.display(), &Domain::of_model(&init.net.config, &init.meta), path.display());
-    let relearned = all.into_iter().filter(|what| matches!(what, Mismatch::Meaning(_) | Mismatch::Latents { .. }));
-    relearned.map(|what| format!("warning: --init has to relearn: {what}")).collect()
+    let warning = |what: Mismatch| match what {
+        Mismatch::Meaning(_) | Mismatch::Latents { .. } => Some(format!("warning: --init has to relearn: {what}")),
+        Mismatch::NoConditions { .. } => Some(format!("warning: the conditions of --init are lost: {what}")),
+        _ => None,
+    };
+    all.into_iter().filter_map(warning).collect()
 }
 
 fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> anyhow::Result<Resolved> {
@@ -395,6 +399,9 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     ensure!(!mirrored, "--flip: the images are latents, and mirrored ones are not those of the mirrored picture");
     let settings = settings(args, data, config, preset.as_ref(), start)?;
     settings.validate()?;
+    if settings.config.label_dim == 0 && settings.cond_dropout > 0.0 {
+        notes.push("warning: --cond-dropout drops nothing, since the network takes no conditions".to_owned());
+    }
     if settings.config.label_dim > 0 && settings.cond_dropout_of(settings.duration.saturating_sub(1)) == 0.0 {
         notes.push(
             "every image keeps its condition, so the model can be drawn from without guidance only (--cond-dropout)"

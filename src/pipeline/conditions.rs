@@ -198,7 +198,7 @@ impl Pipeline {
         let vae = Vae::load(path)?;
         self.width()?;
         let theirs = Domain::of_condition_model(&vae);
-        theirs.check(path.display(), &self.domain(), self.path.display())?;
+        theirs.check_given(path.display(), &self.domain(), self.path.display())?;
         self.warnings.extend(theirs.doubt(path.display(), &self.domain(), self.path.display()));
         self.inventor = Some((path.into(), vae));
         Ok(self)

@@ -81,34 +81,23 @@ impl Domain {
         Self { width, meaning, ..Self::default() }
     }
 
-    /// Checks that this domain, which messages call `name`, is not known to differ from `other`.
+    /// Checks that conditions, or images with conditions, which messages call `name`, can be given to a model: one that takes
+    /// conditions needs them, to one that takes none they do no harm.
     ///
     /// # Errors
-    /// The first difference.
-    pub fn check(&self, name: impl Display, other: &Self, other_name: impl Display) -> Result<(), Mismatch> {
-        self.differences(name, other, other_name).into_iter().next().map_or(Ok(()), Err)
-    }
-
-    /// The same for conditions, or images with conditions, that a model is to be given: a model that takes some needs them.
-    ///
-    /// # Errors
-    /// As [`Domain::check`].
+    /// The first known difference.
     pub fn check_given(&self, name: impl Display, model: &Self, model_name: impl Display) -> Result<(), Mismatch> {
-        if self.width == 0 && model.width > 0 {
-            return Err(Mismatch::NoConditions { name: name.to_string(), other: model_name.to_string() });
-        }
-        self.check(name, model, model_name)
+        let mut all = self.differences(name, model, model_name).into_iter();
+        all.find(|what| !matches!(what, Mismatch::Unconditional { .. })).map_or(Ok(()), Err)
     }
 
     /// The same for a network that is to guide a model: it may do without conditions, but has no others than the model's.
     ///
     /// # Errors
-    /// As [`Domain::check`].
+    /// As [`Domain::check_given`].
     pub fn check_guide(&self, name: impl Display, model: &Self, model_name: impl Display) -> Result<(), Mismatch> {
-        if self.width > 0 && model.width == 0 {
-            return Err(Mismatch::Unconditional { name: name.to_string(), other: model_name.to_string() });
-        }
-        self.check(name, model, model_name)
+        let mut all = self.differences(name, model, model_name).into_iter();
+        all.find(|what| !matches!(what, Mismatch::NoConditions { .. })).map_or(Ok(()), Err)
     }
 
     /// A warning, if both are of features and nobody knows whether one network made them.
@@ -145,13 +134,17 @@ impl Domain {
             let (name, other) = names();
             all.push(Mismatch::Channels { name, other, found, expected });
         }
-        let (found, expected) = (self.width, other.width);
-        if known(found, expected) {
-            if found != expected {
-                let (name, other) = names();
-                all.push(Mismatch::Width { name, other, found, expected });
+        let ((name_, other_), found, expected) = (names(), self.width, other.width);
+        match (found, expected) {
+            (0, 0) => {}
+            (0, _) => all.push(Mismatch::NoConditions { name: name_, other: other_ }),
+            (_, 0) => all.push(Mismatch::Unconditional { name: name_, other: other_ }),
+            _ => {
+                if found != expected {
+                    all.push(Mismatch::Width { name: name_, other: other_, found, expected });
+                }
+                all.extend(self.meaning.check(&name, &other.meaning, &other_name).err().map(Mismatch::Meaning));
             }
-            all.extend(self.meaning.check(&name, &other.meaning, &other_name).err().map(Mismatch::Meaning));
         }
         if let (Some(found), Some(expected)) = (&self.autoencoder, &other.autoencoder)
             && found != expected

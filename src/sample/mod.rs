@@ -185,8 +185,14 @@ impl SamplerConfig {
             // JSON has no infinity.
             let ok = 0.0 <= low && low < high && high.is_finite();
             check(ok, "guidance interval", found.clone(), "finite numbers, 0 <= low < high")?;
+            check(
+                self.guidance != 1.0,
+                "guidance interval",
+                found.clone(),
+                "none at guidance 1, where nothing guides",
+            )?;
             let levels = levels(self);
-            let used = self.guidance == 1.0 || levels.iter().any(|&sigma| self.guides(sigma));
+            let used = levels.iter().any(|&sigma| self.guides(sigma));
             let [first, last] = [levels[0], levels[levels.len() - 1]].map(|level| level as f32);
             let expected = format!("one that holds a step's noise level; they go from {first} to {last}");
             check(used, "guidance interval", found, &expected)?;

@@ -91,6 +91,8 @@ impl Default for TextToImage {
 #[serde(default)]
 struct WebUiOptions {
     sd_model_checkpoint: Option<String>,
+    #[serde(flatten)]
+    others: Map<String, Value>,
 }
 
 /// The model that clients have chosen, or another one by its name or title.
@@ -116,11 +118,7 @@ fn solver(name: Option<&str>) -> Result<Solver, Refusal> {
         .ok_or_else(|| Refusal::Invalid(format!("sampler {name:?}, expected one of {}", all())))
 }
 
-async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> Result<Json<Value>, Refusal> {
-    // Clients write null for what they leave out.
-    all.retain(|_, value| !value.is_null());
-    let asked: TextToImage =
-        serde_json::from_value(Value::Object(all)).map_err(|error| Refusal::Invalid(error.to_string()))?;
+async fn txt2img(State(app): App, Input(asked): Input<TextToImage>) -> Result<Json<Value>, Refusal> {
     let (_, offer) = chosen(&app, asked.override_settings.sd_model_checkpoint.as_deref())?;
     let sampler_name = asked.sampler_name.as_deref().or(asked.sampler_index.as_deref());
     let images = asked.batch_size.saturating_mul(asked.n_iter);
@@ -159,9 +157,12 @@ async fn txt2img(State(app): App, Input(mut all): Input<Map<String, Value>>) -> 
     pictures.sort_by_key(|made| made.index);
     let sampler = &job.request.sampler;
     let [height, width] = job.request.size.map(|side| side * offer.factor);
-    let others = asked.others.iter().filter(|(_, value)| says_something(value)).map(|(key, _)| key.as_str());
-    let unused = (unguided && !asked.negative_prompt.is_empty()).then_some("negative_prompt");
-    let ignored: Vec<&str> = others.chain(unused).collect();
+    let asking = |fields: &Map<String, Value>, of: &str| -> Vec<String> {
+        fields.iter().filter(|(_, value)| says_something(value)).map(|(key, _)| format!("{of}{key}")).collect()
+    };
+    let unused = (unguided && !asked.negative_prompt.is_empty()).then(|| "negative_prompt".to_owned());
+    let ignored = [asking(&asked.others, ""), asking(&asked.override_settings.others, "override_settings.")].concat();
+    let ignored: Vec<String> = ignored.into_iter().chain(unused).collect();
     let parameters = json!({
         "prompt": asked.prompt,
         "negative_prompt": asked.negative_prompt,

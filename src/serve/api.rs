@@ -77,7 +77,8 @@ impl IntoResponse for Refusal {
     }
 }
 
-/// A body of JSON: of that type, of `MAX` bytes at most, and there in time.
+/// A body of JSON: an object of that type, of `MAX` bytes at most, and there in time. Clients write null for what they leave
+/// out.
 pub struct Input<T, const MAX: usize = MAX_BODY>(pub T);
 
 impl<T: DeserializeOwned, S: Send + Sync, const MAX: usize> FromRequest<S> for Input<T, MAX> {
@@ -91,12 +92,22 @@ impl<T: DeserializeOwned, S: Send + Sync, const MAX: usize> FromRequest<S> for I
         }
         let body = tokio::time::timeout(Duration::from_secs(BODY_SECONDS), read(body, MAX));
         let body = body.await.map_err(|_| Refusal::Slow(BODY_SECONDS))??;
-        // Otherwise a list would be read as the fields in their order.
-        if body.trim_ascii_start().first() != Some(&b'{') {
+        let invalid = |error: serde_json::Error| Refusal::Invalid(error.to_string());
+        let Value::Object(mut fields) = serde_json::from_slice(&body).map_err(invalid)? else {
+            // A list would be read as the fields in their order.
             return Err(Refusal::Invalid("the body is no object".into()));
-        }
-        serde_json::from_slice(&body).map(Self).map_err(|error| Refusal::Invalid(error.to_string()))
+        };
+        fields.retain(|_, value| !value.is_null());
+        named(Value::Object(fields)).map(Self).map_err(Refusal::Invalid)
     }
+}
+
+/// A value of that type; else what is wrong with which field.
+pub fn named<T: DeserializeOwned>(value: Value) -> Result<T, String> {
+    serde_path_to_error::deserialize(value).map_err(|error| match error.path().iter().next() {
+        Some(_) => error.to_string(),
+        None => error.inner().to_string(),
+    })
 }
 
 /// The bytes of a body. One that is too large is read on for a while and dropped, since a client that is still sending

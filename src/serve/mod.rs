@@ -284,8 +284,9 @@ impl Shelf {
                 .guide
                 .as_ref()
                 .and_then(|(guide, theirs)| Some(theirs.check_guide(&guide.name, &domain, &name).err()?.to_string())),
-            condition_model: inventor
-                .and_then(|(theirs, _)| Some(theirs.check("the condition model", &domain, &name).err()?.to_string())),
+            condition_model: inventor.and_then(|(theirs, _)| {
+                Some(theirs.check_given("the condition model", &domain, &name).err()?.to_string())
+            }),
         };
         let guide = self.guide.as_ref().filter(|_| misfits.guide.is_none()).map(|(guide, _)| guide.clone());
         let invented = inventor.filter(|_| misfits.condition_model.is_none()).map(|(_, vocabulary)| vocabulary);

@@ -11,6 +11,7 @@ use base64::prelude::BASE64_STANDARD;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::api::named;
 use crate::condition::classes::{ANY, Classes};
 use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::Vocabulary;
@@ -213,15 +214,15 @@ pub struct SamplerBody {
 }
 
 impl TryFrom<Value> for SamplerBody {
-    type Error = serde_json::Error;
+    type Error = String;
 
     fn try_from(value: Value) -> Result<Self, Self::Error> {
-        if !value.is_object() {
-            // A list would be read as the fields in their order.
-            return Err(serde::de::Error::custom("sampler: no object"));
-        }
-        let says_guidance = value.get("guidance").is_some();
-        Ok(Self { config: serde_json::from_value(value)?, says_guidance })
+        let Value::Object(mut fields) = value else {
+            return Err("no object".into());
+        };
+        fields.retain(|_, value| !value.is_null());
+        let says_guidance = fields.contains_key("guidance");
+        Ok(Self { config: named(Value::Object(fields))?, says_guidance })
     }
 }
 
@@ -275,9 +276,6 @@ impl CheckedRequest {
             sampler.guidance = 1.0;
         }
         sampler.validate().map_err(|error| invalid(&error))?;
-        ensure(sampler.guidance != 1.0 || sampler.guidance_interval.is_none(), || {
-            "guidance_interval does nothing at guidance 1".into()
-        })?;
         ensure(sampler.strength == 1.0, || "strength: there is no image to begin from".into())?;
         ensure(negative.is_none() || sampler.guidance != 1.0, || PipelineError::UnusedNegative.to_string())?;
 

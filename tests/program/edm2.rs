@@ -350,6 +350,14 @@ fn a_class_conditional_model_learns_from_an_archive_and_draws_classes() {
         let said = refused_in_one_line(run(&arguments));
         assert!(said.contains(&format!("bare.zip: its images have no conditions, which {model} takes")), "{said}");
     }
+    let dry = format!(
+        "train --data bare.zip --init {model} --duration 8 --batch 8 --cond-dropout 0.1 --device cpu --dry-run"
+    );
+    let done = run(&dry).success();
+    let said = String::from_utf8(done.get_output().stderr.clone()).unwrap();
+    let lost =
+        format!("warning: the conditions of --init are lost: bare.zip: its images have no conditions, which {model}");
+    assert!(said.contains(&lost) && said.contains("warning: --cond-dropout drops nothing"), "{said}");
 
     for (arguments, expected) in [
         ("--class 1 --negative 3", "--negative: run/snapshot-000000024-0.050.safetensors: class 3, expected 0 to 2"),

@@ -274,7 +274,8 @@ fn guidance_one_is_no_guidance_and_the_interval_bounds_it() {
     for nowhere in [(100.0, 200.0), (80.0f64.next_down() / 2.0, 79.0)] {
         let why = with(2.5, Some(nowhere)).validate().unwrap_err().to_string();
         assert!(why.ends_with("expected one that holds a step's noise level; they go from 80 to 0.002"), "{why}");
-        with(1.0, Some(nowhere)).validate().unwrap();
+        let why = with(1.0, Some(nowhere)).validate().unwrap_err().to_string();
+        assert!(why.ends_with("expected none at guidance 1, where nothing guides"), "{why}");
     }
     let unconditional = images(&model, &mut b, &[], &[4], &with(1.0, None));
     assert!(unconditional == images(&model, &mut b, &[], &[4], &with(2.5, None)), "nothing to guide away from");
@@ -829,7 +830,7 @@ fn prompts_have_weights_negatives_and_seeds() {
         "guidance interval = 100,200, expected one that holds a step's noise level; they go from 80 to 0.002";
     bench.fails("--outdir e --tags cat --negative dog --guidance-interval 100,200", no_level);
     bench.fails("--outdir e --tags cat --guidance-interval 100,200", no_level);
-    let nothing = "--guidance-interval does nothing at guidance 1";
+    let nothing = "guidance interval = 1,20, expected none at guidance 1";
     bench.fails("--outdir e --tags cat --guidance 1 --guidance-interval 1,20", nothing);
 
     // From standard input; nothing to avoid is no negative.

@@ -401,12 +401,13 @@ fn what_cannot_be_drawn_is_refused_with_what_is_wrong() {
         (json!({"sampler": {"guidance_interval": [100, 200]}}), "expected one that holds a step's noise level"),
         (
             json!({"sampler": {"guidance": 1.0, "guidance_interval": [1, 20]}}),
-            "guidance_interval does nothing at guidance 1",
+            "guidance interval = 1,20, expected none at guidance 1",
         ),
         (json!({"sampler": {"strength": 0.25}}), "strength: there is no image to begin from"),
         (json!({"sampler": {"steps": 0}}), "steps = 0, expected 1 to 10000"),
         (json!({"sampler": {"solver": "ddim"}}), "unknown variant `ddim`"),
-        (json!({"sampler": {"rho": "7"}}), "invalid type"),
+        (json!({"sampler": {"rho": "7"}}), r#"sampler: rho: invalid type: string "7", expected f64"#),
+        (json!({"tags": ["cat", 7]}), "tags[1]: invalid type: integer `7`, expected a string"),
         (json!({"sampler": {"churn": {"s_churn": 3.0}}}), "0 with dpmpp_2m"),
         (json!({"invent": 3}), "m has no condition model"),
         (json!({"tags": ["cat"], "complete": true}), "m has no condition model"),
@@ -751,7 +752,7 @@ fn clients_of_a1111_are_served() {
     assert!(ours.eq(place.sample(arguments, &[5, 6])), "pictures of txt2img are not those of edm2k sample");
     let info: Value = serde_json::from_str(answer["info"].as_str().unwrap()).unwrap();
     assert_eq!(info["all_seeds"], json!([5, 6]));
-    assert_eq!(info["ignored"], json!(["prompt_2", "subseed"]));
+    assert_eq!(info["ignored"], json!(["prompt_2", "subseed", "override_settings.CLIP_stop_at_last_layers"]));
     let infotexts = info["infotexts"].as_array().unwrap();
     assert_eq!(infotexts.len(), 2);
     let expected = "cat, red\nNegative prompt: (dog:1.2)\nSteps: 3, Sampler: Heun, Schedule type: Karras, CFG scale: 2.0, \

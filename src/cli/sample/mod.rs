@@ -144,7 +144,7 @@ pub struct SampleArgs {
     #[arg(long, value_name = "FILE", help_heading = "Conditions")]
     condition_model: Option<PathBuf>,
     /// Seed of what the condition model invents
-    #[arg(long, value_name = "SEED", default_value_t = 0, help_heading = "Conditions")]
+    #[arg(long, value_name = "SEED", default_value_t = 0, requires = "condition_model", help_heading = "Conditions")]
     condition_seed: u64,
     /// Images of each condition: a row of the grid
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Conditions",
@@ -358,10 +358,6 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     if wanted.is_empty() && pipeline.meta().is_always_conditional(&pipeline.net().config) && ranks.first() {
         note!("warning: the model was trained without --cond-dropout, so it never learned to draw without a condition");
     }
-    ensure!(
-        sampler.guidance != 1.0 || sampler.guidance_interval.is_none(),
-        "--guidance-interval does nothing at guidance 1"
-    );
     let kept = match (pipeline.makes_pictures(), args.save_steps) {
         (false, _) => Kept::Latents,
         (true, true) => Kept::Steps,
