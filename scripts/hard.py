@@ -514,16 +514,19 @@ class Campaign:
 
     def kills(self, number, r):
         # Half of all are training's.
-        self.kill("kills", number, r, r.choice(list(self.place.writers()) + ["train"] * 7))
+        self.kill("kills", number, r, r.choice(list(self.place.writers()) + ["train"] * 7 + ["sample goes on"] * 2))
 
     def sizes(self, number, r):
         self.kill("sizes", number, r, r.choice(["train on sizes", "prepare sizes"]))
 
     def kill(self, part, number, r, name):
-        arguments = self.place.writers()[name]
+        arguments = list(self.place.writers()[name.removesuffix(" goes on")])
+        goes_on = name.split()[0] in ("train", "prepare") or name.endswith(" goes on")
+        if name.endswith(" goes on"):
+            arguments.remove("--overwrite")
         _, seconds = self.reference(name, arguments)
         directory = self.place.folder(self.scratch)
-        for _ in range(r.choice([1, 1, 2, 3, 6]) if name.split()[0] in ("train", "prepare") else 1):
+        for _ in range(r.choice([1, 1, 2, 3, 6]) if goes_on else 1):
             at = r.uniform(0, 1.1 * seconds)
             result = run([self.place.edm2k, *arguments], directory, signals=[(at, signal.SIGKILL)])
             if result.code == 0:
@@ -532,6 +535,8 @@ class Campaign:
                 self.fail(part, number, f"{name} ended by {result.code}", result.text)
             self.add("kills of train" if name.startswith("train") else "kills of others")
             self.half_files(part, number, name, arguments, directory)
+        if result.code == 0 and name.endswith(" goes on"):
+            arguments.append("--overwrite")  # what has ended is not overwritten
         self.finish(part, number, name, arguments, directory)
         shutil.rmtree(directory)
 
@@ -701,7 +706,7 @@ class Campaign:
         [thread.join() for thread in threads]
         self.add("pairs of writers")
         for result in results:
-            refused = result.code == 1 and re.search("another (run|process) is writing|exists|meanwhile", result.text)
+            refused = result.code == 1 and re.search("another (run|process) is (writing|making)|exists|meanwhile", result.text)
             if result.code != 0 and not refused:
                 self.fail("writers", number, f"{name}: ended by {result.code}", result.text)
         if results[0].code != 0 and results[1].code != 0 and seconds > 0.1:

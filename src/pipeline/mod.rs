@@ -175,6 +175,11 @@ impl Pipeline {
         self.warnings.append(&mut guide.doubts);
         let theirs = Domain::of_model(&guide.net.config, &guide.meta);
         theirs.check_guide(path.display(), &self.domain(), self.path.display())?;
+        let [found, expected] = [&guide.meta, &self.meta].map(|meta| format!("{}x{}", meta.width, meta.height));
+        if found != expected {
+            let (path, model) = (path.display(), self.path.display());
+            self.warnings.push(format!("{path}: it learned from images of {found}, {model} from {expected}"));
+        }
         self.guide = Some(path.into());
         self.guide_is_conditional = guide.net.config.label_dim > 0;
         self.weights.push(guide);

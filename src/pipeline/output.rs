@@ -1,7 +1,7 @@
 //! The directory that images are written to.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::Image;
 use super::images::text_of;
 use crate::collective::Part;
+use crate::formats::fingerprint::Fingerprint;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, TensorOut};
 use crate::formats::{At, DirLock, FileError, LockError, input, transposed, write_atomically};
 use crate::pictures::png::{PngError, read_text};
@@ -29,6 +30,8 @@ pub enum OutputError {
     Directory { path: PathBuf },
     #[error("{}: somebody else has made it meanwhile", path.display())]
     Meanwhile { path: PathBuf },
+    #[error("{}: another process is making these images", path.display())]
+    Busy { path: PathBuf },
     #[error("{0}")]
     Io(#[from] FileError),
     #[error("{0}")]
@@ -42,11 +45,16 @@ type Result<T, E = OutputError> = std::result::Result<T, E>;
 /// A directory of images. It has `000007.png` for seed 7, `000007-2.png` for the second image of that seed,
 /// `000007-steps.png` for its steps, and `grid.png` for all. Latents are in `latents.safetensors`, for which each part
 /// leaves a file such as `latents-2-of-3.safetensors`. A part also leaves what it was given, in `part-2-of-3.json`, until all
-/// are there. Other processes may add their seeds meanwhile.
+/// are there. Work that does not end leaves a mark, such as `unfinished-0123456789ab.json`: the same work goes on with the
+/// pictures that it finds. Other processes may add their seeds meanwhile.
 pub struct OutDir {
     dir: PathBuf,
     overwrite: bool,
     lock: DirLock,
+    /// Whether it has pictures of the same work, which did not end.
+    goes_on: bool,
+    /// What says so if this process does not end either; locked, since until it ends nobody else goes on.
+    mark: Option<(PathBuf, File)>,
     /// What each image is called.
     names: Vec<String>,
     /// Seeds of the images.
@@ -69,22 +77,11 @@ pub enum Kept {
 }
 
 impl OutDir {
-    /// Makes the directory. Refuses, before anything is computed, to overwrite the files of this part's images, whose
-    /// numbers are `own`.
+    /// Makes the directory, for images of these seeds of which this process makes a part.
     ///
     /// # Errors
-    /// [`OutputError`]: it cannot be written in, or holds one of the files already and `overwrite` was not given.
-    ///
-    /// # Panics
-    /// If `own` goes beyond the seeds.
-    pub fn claim(
-        dir: &Path,
-        overwrite: bool,
-        seeds: &[u64],
-        part: Part,
-        own: Range<usize>,
-        kept: Kept,
-    ) -> Result<Self> {
+    /// [`OutputError::Lock`]: it cannot be written in.
+    pub fn open(dir: &Path, overwrite: bool, seeds: &[u64], part: Part) -> Result<Self> {
         let mut times = HashMap::new();
         let names = seeds.iter().map(|&seed| {
             let count = times.entry(seed).or_insert(0);
@@ -92,19 +89,82 @@ impl OutDir {
             if *count == 1 { format!("{seed:06}") } else { format!("{seed:06}-{count}") }
         });
         let (names, lock) = (names.collect(), DirLock::shared(dir)?);
-        let out = Self { dir: dir.into(), overwrite, lock, names, seeds: seeds.into(), part };
-        let own = &out.names[own];
-        let steps = own.iter().filter(|_| kept == Kept::Steps).map(|name| steps_name(name));
-        let names = own.iter().map(|name| picture_name(name)).chain(steps);
-        let names: Vec<String> = match kept {
-            Kept::Latents => vec![LATENTS.into(), latents_name(part)],
-            _ => names.collect(),
+        Ok(Self { dir: dir.into(), overwrite, lock, goes_on: false, mark: None, names, seeds: seeds.into(), part })
+    }
+
+    /// Refuses, before anything is computed, to overwrite the files of this part's images, whose numbers are `own` and
+    /// parameters `about`. If the work may be gone on with, `given` is all that its pictures depend on; those that it has made
+    /// are in nobody's way.
+    ///
+    /// # Errors
+    /// [`OutputError`]: the directory has one of the files already and may not overwrite it, or cannot be written in.
+    ///
+    /// # Panics
+    /// If `own` goes beyond the seeds.
+    pub fn claim(
+        &mut self,
+        own: Range<usize>,
+        kept: Kept,
+        about: impl Fn(usize) -> Value,
+        given: Option<&Value>,
+    ) -> Result<()> {
+        let mark = given.map(|given| {
+            let digest = Fingerprint::of([given.to_string().as_bytes(), self.part.to_string().as_bytes()]);
+            self.dir.join(format!("{UNFINISHED}{digest}.json"))
+        });
+        if let Some(path) = mark.as_ref().filter(|path| !self.overwrite && path.is_file()) {
+            self.mark = Some((path.clone(), locked(path)?));
+            self.goes_on = true;
+        }
+        let files: Vec<(String, Option<usize>)> = match kept {
+            Kept::Latents => [LATENTS.into(), latents_name(self.part)].map(|name| (name, None)).into(),
+            _ => own.flat_map(|number| self.names_of(number, kept).map(move |name| (name, Some(number)))).collect(),
         };
-        let in_the_way = |path: &PathBuf| path.is_dir() || !overwrite && path.symlink_metadata().is_ok();
-        match names.iter().map(|name| dir.join(name)).find(in_the_way) {
-            None => Ok(out),
-            Some(path) if overwrite => Err(OutputError::Directory { path }),
-            Some(path) => Err(OutputError::Exists { path }),
+        let mut replaces = false;
+        for (name, number) in files {
+            let path = self.dir.join(name);
+            let there = path.symlink_metadata().is_ok();
+            if path.is_dir() {
+                return Err(OutputError::Directory { path });
+            }
+            if there && !self.overwrite && !number.is_some_and(|number| self.goes_on && says(&path, &about(number))) {
+                return Err(OutputError::Exists { path });
+            }
+            replaces |= there && self.overwrite;
+        }
+        if self.overwrite {
+            // From now on a picture may be of other work than its parameters tell.
+            let files = fs::read_dir(&self.dir).at(&self.dir)?.flatten();
+            let marks = files.filter(|file| file.file_name().to_string_lossy().starts_with(UNFINISHED));
+            marks.for_each(|mark| drop(fs::remove_file(mark.path())));
+        }
+        if let (Some(path), Some(given), false) = (mark, given, replaces || self.goes_on) {
+            write_atomically(&path, |out| write!(out, "{given}")).at(&path)?;
+            self.mark = Some((path.clone(), locked(&path)?));
+        }
+        Ok(())
+    }
+
+    /// The files of an image that is kept as a picture.
+    fn names_of(&self, number: usize, kept: Kept) -> impl Iterator<Item = String> + use<> {
+        let name = &self.names[number];
+        let steps = (kept == Kept::Steps).then(|| steps_name(name));
+        [picture_name(name)].into_iter().chain(steps)
+    }
+
+    /// Whether the same work has made an image before it was interrupted, whose parameters are `about`.
+    ///
+    /// # Panics
+    /// If there is no such image.
+    pub fn has(&self, number: usize, kept: Kept, about: &Value) -> bool {
+        self.goes_on && self.names_of(number, kept).all(|name| says(&self.dir.join(name), about))
+    }
+
+    /// All is made: there is nothing to go on with.
+    pub fn finish(self) {
+        if let Some((path, file)) = self.mark {
+            drop(file); // or Windows would keep the file
+            drop(fs::remove_file(path));
         }
     }
 
@@ -166,7 +226,8 @@ impl OutDir {
         let (about, own) = (image.about.to_string(), &self.names[image.number]);
         let save = |picture: &Picture, name: String, infotext: Option<&str>| {
             let path = self.dir.join(name);
-            if !self.overwrite && path.symlink_metadata().is_ok() {
+            let ours = self.overwrite || self.goes_on && says(&path, &image.about);
+            if !ours && path.symlink_metadata().is_ok() {
                 return Err(OutputError::Meanwhile { path });
             }
             Ok(picture.save(&path, &text_of(&about, infotext))?)
@@ -319,6 +380,16 @@ impl OutDir {
     }
 }
 
+/// A mark of unfinished work that no other process works on.
+fn locked(path: &Path) -> Result<File> {
+    let file = File::open(path).at(path)?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(OutputError::Busy { path: path.into() }),
+        // Some file systems have no locks.
+        _ => Ok(file),
+    }
+}
+
 /// Whether a PNG carries these parameters.
 fn says(path: &Path, about: &Value) -> bool {
     let about = about.to_string();
@@ -326,6 +397,8 @@ fn says(path: &Path, about: &Value) -> bool {
 }
 
 const LATENTS: &str = "latents.safetensors";
+/// What the names of marks begin with.
+const UNFINISHED: &str = "unfinished-";
 
 /// The name of the file of all latents, or of those of one of several parts.
 fn latents_name(part: Part) -> String {

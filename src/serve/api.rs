@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::queue::{Job, JobView, Stage};
-use super::request::{CheckedRequest, MAX_AREA, MAX_IMAGES, MAX_WORK, Offer, Refusal, RequestBody, Tags};
+use super::request::{CheckedRequest, MAX_AREA, MAX_IMAGES, MAX_WORK, Offer, Refusal, RequestBody, Tags, named};
 use super::runs::{Run, Stats};
 use super::{Runs, Server};
 use crate::condition::vocabulary::Tag;
@@ -100,14 +100,6 @@ impl<T: DeserializeOwned, S: Send + Sync, const MAX: usize> FromRequest<S> for I
         fields.retain(|_, value| !value.is_null());
         named(Value::Object(fields)).map(Self).map_err(Refusal::Invalid)
     }
-}
-
-/// A value of that type; else what is wrong with which field.
-pub fn named<T: DeserializeOwned>(value: Value) -> Result<T, String> {
-    serde_path_to_error::deserialize(value).map_err(|error| match error.path().iter().next() {
-        Some(_) => error.to_string(),
-        None => error.inner().to_string(),
-    })
 }
 
 /// The bytes of a body. One that is too large is read on for a while and dropped, since a client that is still sending

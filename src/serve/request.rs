@@ -8,10 +8,10 @@ use axum::body::Bytes;
 use axum::http::StatusCode;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::api::named;
 use crate::condition::classes::{ANY, Classes};
 use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::Vocabulary;
@@ -253,6 +253,14 @@ pub struct CheckedRequest {
     pub size: [usize; 2],
     /// The sampler.
     pub sampler: SamplerConfig,
+}
+
+/// A value of that type; else what is wrong with which field.
+pub fn named<T: DeserializeOwned>(value: Value) -> Result<T, String> {
+    serde_path_to_error::deserialize(value).map_err(|error| match error.path().iter().next() {
+        Some(_) => error.to_string(),
+        None => error.inner().to_string(),
+    })
 }
 
 fn ensure(ok: bool, message: impl FnOnce() -> String) -> Result<(), Refusal> {

@@ -229,7 +229,7 @@ fn gpu(runtime: &Rc<dyn Runtime>, settings: &Settings) -> Gpu {
 #[test]
 fn fifty_steps_lose_as_on_the_cpu() {
     let Some(runtime) = testbed::runtime() else { return };
-    let (data, batch) = (emoji(), 4);
+    let (data, batch) = (emoji(), 2);
     let settings = settings(&data, batch, 50 * batch);
     let table = edm2k::model::Precond::new(&settings.config).unwrap().1;
     let dir = tempfile::tempdir().unwrap();
@@ -251,7 +251,7 @@ fn fifty_steps_lose_as_on_the_cpu() {
 #[test]
 fn every_loop_trains_as_the_cpu_does() {
     let Some(runtime) = testbed::runtime() else { return };
-    let (data, batch, steps) = (emoji(), 2, 4);
+    let (data, batch, steps) = (emoji(), 1, 4);
     let json = serde_json::json!({
         "img_resolution": 32, "img_channels": 3, "label_dim": data.condition_dim(), "model_channels": 64,
         "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 64,
@@ -312,13 +312,13 @@ fn a_resumed_run_ends_in_the_same_bits() {
     let Some(runtime) = testbed::runtime() else { return };
     let data = emoji();
     let dir = tempfile::tempdir().unwrap();
-    // Five images in micro-batches of two: plans for two sizes. After one step averages are the weights, so it stops later.
-    let [half, whole] = [10, 20].map(|duration| Settings { dropout: 0.25, ..settings(&data, 5, duration) });
+    // Three images in micro-batches of two: plans for two sizes. After one step averages are the weights, so it stops later.
+    let [half, whole] = [6, 12].map(|duration| Settings { dropout: 0.25, ..settings(&data, 3, duration) });
     run(&mut gpu(&runtime, &half), &dir.path().join("resumed"), &half, 2);
     run(&mut gpu(&runtime, &whole), &dir.path().join("resumed"), &whole, 2);
     run(&mut gpu(&runtime, &whole), &dir.path().join("straight"), &whole, 2);
     let weights = |run: &str| {
-        let path = train::checkpoint::path(&dir.path().join(run), 20);
+        let path = train::checkpoint::path(&dir.path().join(run), 12);
         let file = SafeFile::open(path).unwrap();
         let names: Vec<String> = file.names().filter(|&name| name != "checksums").map(str::to_owned).collect();
         assert!(names.len() > 100, "{names:?}");
@@ -636,12 +636,12 @@ fn gradients_that_are_said_to_be_whole_are() {
     );
 }
 
-/// A card that has no room for eight images goes on with four, and computes what a run computes that had four at first.
+/// A card that has no room for four images goes on with two, and computes what a run computes that had two at first.
 #[cfg(feature = "emulator")]
 #[test]
 fn a_run_that_runs_out_of_memory_goes_on_with_half() {
     let data = emoji();
-    let settings = settings(&data, 8, 24);
+    let settings = settings(&data, 4, 12);
     let (net, table) = edm2k::model::Precond::new(&settings.config).unwrap();
     let needed = |n: usize| {
         let card = Rc::new(Imagined::new(Card::new(4, 90)));
@@ -649,41 +649,41 @@ fn a_run_that_runs_out_of_memory_goes_on_with_half() {
         train::rehearse(&mut gpu, &net, 0.0, [n, 32, 32]).unwrap();
         gpu.param_bytes() + gpu.costs().next().unwrap().workspace
     };
-    let (four, eight) = (needed(4), needed(8));
+    let (two, four) = (needed(2), needed(4));
     let dir = tempfile::tempdir().unwrap();
     let on = |limit: u64| {
         let emulator = Emulator::new(Build::Normal).unwrap();
         let runtime: Rc<dyn Runtime> = Rc::new(Emulated::new(emulator, limit));
         Gpu::for_training(runtime, Precision::F16, &table, 2).unwrap()
     };
-    let expected = run(&mut on(u64::MAX), &dir.path().join("four"), &settings, 4);
-    // The same as one of two ranks with half of 16 images, whose sums come once for each portion, when the last images
+    let expected = run(&mut on(u64::MAX), &dir.path().join("two"), &settings, 2);
+    // The same as one of two ranks with half of 8 images, whose sums come once for each portion, when the last images
     // have been taken, for which at first there is no room.
-    let two = Settings { batch: 16, duration: 16, ..settings.clone() };
+    let halved = Settings { batch: 8, duration: 8, ..settings.clone() };
     let mut twins = [Twins::default(), Twins::default()];
     let [all, less] = &mut twins;
-    let all = run_telling(&mut on(u64::MAX), &dir.path().join("four-two"), &two, 4, &mut |_| {}, all);
+    let all = run_telling(&mut on(u64::MAX), &dir.path().join("two-halved"), &halved, 2, &mut |_| {}, all);
     let mut notes = Vec::new();
     let mut note = |event: Event| {
         if let Event::Fewer(text) = event {
             notes.push(text);
         }
     };
-    let limit = four + (eight - four) / 2;
-    let found = run_telling(&mut on(limit as u64), &dir.path().join("less"), &settings, 8, &mut note, &mut Alone);
-    let found_two = run_telling(&mut on(limit as u64), &dir.path().join("less-two"), &two, 8, &mut note, less);
-    assert_eq!([&found, &expected, &found_two, &all].map(Vec::len), [3, 3, 1, 1]);
+    let limit = two + (four - two) / 2;
+    let found = run_telling(&mut on(limit as u64), &dir.path().join("less"), &settings, 4, &mut note, &mut Alone);
+    let found_halved = run_telling(&mut on(limit as u64), &dir.path().join("less-halved"), &halved, 4, &mut note, less);
+    assert_eq!([&found, &expected, &found_halved, &all].map(Vec::len), [3, 3, 1, 1]);
     for Twins { sums } in twins {
         // Each value once, from the end to the beginning.
         assert!(sums.len() > 12 && sums[sums.len() - 1].start == 0, "{sums:?}");
         assert!(sums.windows(2).all(|pair| pair[1].end == pair[0].start), "{sums:?}");
     }
-    for (found, expected) in found.iter().zip(&expected).chain(found_two.iter().zip(&all)) {
+    for (found, expected) in found.iter().zip(&expected).chain(found_halved.iter().zip(&all)) {
         assert!((found.loss / expected.loss - 1.0).abs() < 1e-3, "{} instead of {}", found.loss, expected.loss);
     }
-    assert!((found_two[0].grad_norm / all[0].grad_norm - 1.0).abs() < 1e-3, "{:?} {:?}", found_two[0], all[0]);
+    assert!((found_halved[0].grad_norm / all[0].grad_norm - 1.0).abs() < 1e-3, "{:?} {:?}", found_halved[0], all[0]);
     let said: Vec<_> = notes.iter().filter(|note| note.contains("out of device memory")).collect();
-    assert!(said.len() == 2 && said.iter().all(|said| said.ends_with("going on with 4 images at a time")), "{said:?}");
+    assert!(said.len() == 2 && said.iter().all(|said| said.ends_with("going on with 2 images at a time")), "{said:?}");
 }
 
 /// A plan that lacks what other plans hold gets it. Between them they ask for more than there is.

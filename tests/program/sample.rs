@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use crate::common::autoencoder;
 use crate::common::close::assert_close;
@@ -534,6 +535,57 @@ impl Bench {
         assert!(stderr.contains(message), "{arguments}\nsaid: {stderr}expected: {message}");
         assert!(!stderr.contains("panicked"), "{stderr}");
     }
+}
+
+/// The same command goes on, whatever moment it was killed at; no other work takes what it left for its own.
+#[test]
+fn an_interrupted_command_goes_on_and_makes_the_same_files() {
+    let bench = Bench::new();
+    let arguments = "--seeds 0-6 --batch 2 --steps 250 --save-steps --tags cat --tags dog --per-condition 4";
+    bench.sample(&format!("--outdir whole {arguments}")).success();
+    let interrupt = |out: &str| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_edm2k"));
+        command.current_dir(bench.dir.path()).args(["sample", "--model", "m.safetensors", "--outdir", out]);
+        command.args(arguments.split(' ')).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        while !bench.path(out).join("000002.png").exists() && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!bench.path(out).join("grid.png").exists(), "it was killed in time");
+    };
+    let marks = |out: &str| {
+        let names = fs::read_dir(bench.path(out)).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with("unfinished-")).count()
+    };
+    let changed = |name: &str| fs::metadata(bench.path(name)).unwrap().modified().unwrap();
+    interrupt("a");
+    assert_eq!(marks("a"), 1);
+    let (first, exists) = (changed("a/000000.png"), "--outdir: a/000000.png exists");
+    bench.fails(&format!("--outdir a {arguments} --guidance 3"), exists);
+    let said = bench.sample(&format!("--outdir a {arguments}")).success().get_output().stderr.clone();
+    let said = String::from_utf8(said).unwrap();
+    assert!(said.contains("going on: 2 of 7 images are there"), "{said}");
+    assert_eq!((changed("a/000000.png"), marks("a")), (first, 0), "it was made once");
+    let names: Vec<_> = fs::read_dir(bench.path("whole")).unwrap().map(|file| file.unwrap().file_name()).collect();
+    assert_eq!((names.len(), fs::read_dir(bench.path("a")).unwrap().count()), (15, 15));
+    for name in names {
+        let [whole, a] = ["whole", "a"].map(|dir| fs::read(bench.path(dir).join(&name)).unwrap());
+        assert!(whole == a, "{name:?}");
+    }
+    bench.fails(&format!("--outdir a {arguments}"), exists);
+
+    // Pictures of another model of the same name carry the same parameters.
+    interrupt("b");
+    let (mut other, _) = tiny();
+    other.meta.vocabulary = Model::load(bench.path("m.safetensors")).unwrap().meta.vocabulary;
+    other.weights.iter_mut().flatten().for_each(|w| *w *= 1.5);
+    save(bench.path("m.safetensors"), &other.net.config, &other.meta, &other.table, &other.weights, Stored::F32)
+        .unwrap();
+    bench.fails(&format!("--outdir b {arguments}"), "--outdir: b/000000.png exists");
+    bench.sample("--outdir b --seeds 0 --tags cat --overwrite").success();
+    assert_eq!(marks("b"), 0, "nobody knows any more whose pictures these are");
 }
 
 #[test]

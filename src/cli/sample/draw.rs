@@ -20,7 +20,7 @@ use edm2k::pipeline::{Image, Kept, OutDir, PipelineError, Request, Step};
 
 use super::{Resolved, SampleArgs};
 use crate::cli::ranks::Ranks;
-use crate::cli::say::{note, out};
+use crate::cli::say::{above, note, out};
 
 /// Numbers of the images of a part. A part is made of whole batches, so that each image shares its batch with the same
 /// images as in one process.
@@ -58,14 +58,14 @@ impl Steps {
     }
 }
 
-/// Writes images and the pictures of their steps; returns the first pictures, for a grid. Of one of several parts, `given` is
-/// what it was given.
+/// Writes images and the pictures of their steps; returns the first pictures, for a grid, which begins with those that were
+/// there. Of one of several parts, `given` is what it was given.
 fn write(
     made: Receiver<(Image, Vec<Picture>)>,
     out: &OutDir,
     mut given: Option<&Value>,
+    mut pictures: Vec<Picture>,
 ) -> anyhow::Result<Vec<Picture>> {
-    let mut pictures: Vec<Picture> = Vec::new();
     for (image, steps) in made {
         // What the other parts have there may be of the same other files. They are to be made anew too.
         if let Some(mut others) = given.filter(|_| out.has_another(&image)).cloned() {
@@ -79,6 +79,27 @@ fn write(
         pictures.truncate(most_of_grid(&pictures));
     }
     Ok(pictures)
+}
+
+/// How many of a part's images the same work has made before it was interrupted, in whole batches, and the first pictures of
+/// them, for a grid.
+fn there(out: &OutDir, common: &Value, request: &Request, part: Part, kept: Kept) -> (usize, Vec<Picture>) {
+    let (mut count, mut pictures) = (0, Vec::new());
+    for number in images_of(part, request) {
+        let about = request.about(common, number);
+        if !out.has(number, kept, &about) {
+            break;
+        }
+        if pictures.len() == count {
+            let Some(picture) = out.written(number, &about) else { break };
+            pictures.push(picture);
+            pictures.truncate(most_of_grid(&pictures));
+        }
+        count += 1;
+    }
+    let count = count / request.batch * request.batch;
+    pictures.truncate(count);
+    (count, pictures)
 }
 
 /// What came of a part's images, beside their files.
@@ -100,14 +121,18 @@ fn make(resolved: &mut Resolved, args: &SampleArgs, out: &OutDir, ranks: &Ranks)
     let Resolved { pipeline, request, kept, part, given } = resolved;
     let (own, save_steps) = (images_of(*part, request), args.save_steps);
     let count = own.len();
+    let (before, there) = there(out, &pipeline.parameters(request), request, *part, *kept);
     let watched = save_steps || pipeline.device().runtime().is_none();
-    let steps = (count.div_ceil(request.batch) * request.sampler.taken()) as u64;
+    let steps = ((count - before).div_ceil(request.batch) * request.sampler.taken()) as u64;
     let bar = ranks.bar(steps, "{msg} {per_sec} {elapsed} (about {eta} left)");
-    bar.set_message(format!("0 of {count} images"));
+    bar.set_message(format!("{before} of {count} images"));
+    if before > 0 && ranks.first() {
+        above(&bar, &format!("going on: {before} of {count} images are there"));
+    }
     let terminal = std::io::stderr().is_terminal();
     let started = Instant::now();
     let steps = RefCell::new(Steps::default());
-    let mut images = pipeline.images(request)?.only(own.clone());
+    let mut images = pipeline.images(request)?.only(own.start + before..own.end);
     if watched {
         images = images.watched(|step| {
             bar.inc(1);
@@ -119,7 +144,7 @@ fn make(resolved: &mut Resolved, args: &SampleArgs, out: &OutDir, ranks: &Ranks)
         // Pictures are compressed and written while the next are made.
         let (sender, made) = sync_channel(request.batch);
         let noted = Some(&*given).filter(|_| args.part.is_some() && part.of > 1);
-        let writer = scope.spawn(move || write(made, out, noted));
+        let writer = scope.spawn(move || write(made, out, noted, there));
         for image in images {
             let image = image?;
             let done = image.number + 1 - own.start;

@@ -32,7 +32,8 @@ use wanted::wanted;
 Conditions come from --tags, --prompts, --class, --like, --mix, --row, --conditions and
 --random-conditions, in this order; all may be given. The images take them in turn,
 --per-condition images each. Without any, the images are unconditional. Each file is named after
-its seed and carries all parameters in a text chunk.
+its seed and carries all parameters in a text chunk. After an interruption the same command goes on
+with the pictures that are missing.
 
 In tags, (blue hair:1.3) weighs 1.3 times as much as others, (blue hair) 1.1 times, [blue hair] 1
 / 1.1 times; brackets may hold several tags, and each other. A tag of the vocabulary is found as
@@ -266,7 +267,7 @@ struct Resolved {
     kept: Kept,
     /// This process's part of all images.
     part: Part,
-    /// What the other parts must have been given too; null if there are none.
+    /// What the other parts must have been given too, and who goes on with this one; null if nobody asks.
     given: Value,
 }
 
@@ -275,9 +276,11 @@ struct Resolved {
 pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     ranks::together("sample", |ranks| {
         let resolved = resolve(&args, ranks)?;
-        let Resolved { request, kept, part, given, .. } = &resolved;
-        let (own, dir) = (images_of(*part, request), &args.outdir);
-        let out = OutDir::claim(dir, args.overwrite, &request.seeds, *part, own, *kept).context("--outdir")?;
+        let Resolved { pipeline, request, kept, part, given, .. } = &resolved;
+        let mut out = OutDir::open(&args.outdir, args.overwrite, &request.seeds, *part).context("--outdir")?;
+        let (own, common) = (images_of(*part, request), pipeline.parameters(request));
+        let goes_on = Some(given).filter(|_| many(*kept, *part, request));
+        out.claim(own, *kept, |number| request.about(&common, number), goes_on).context("--outdir")?;
         if ranks.first() {
             out.warning().iter().for_each(|warning| note!("warning: {warning}"));
         }
@@ -285,8 +288,15 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
         if args.part.is_some() && part.of > 1 {
             out.note(given).context("--outdir")?;
         }
-        draw(resolved, &args, &out, ranks)
+        draw(resolved, &args, &out, ranks)?;
+        out.finish();
+        Ok(())
     })
+}
+
+/// Whether a part is more than a batch of pictures, so that there may be some to go on with after an interruption.
+fn many(kept: Kept, part: Part, request: &Request) -> bool {
+    kept != Kept::Latents && images_of(part, request).len() > request.batch
 }
 
 /// Opens what the arguments name, and checks it all before anything is computed.
@@ -379,7 +389,8 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         warn(&mut pipeline, ranks, "--from ");
     }
     let part = ranks.part(args.part)?;
-    let given = if part.of > 1 { given(args, &pipeline, &request)? } else { Value::Null };
+    let needed = part.of > 1 || many(kept, part, &request);
+    let given = if needed { given(args, &pipeline, &request)? } else { Value::Null };
     let mut asked = given.clone();
     // Parts may see it by another name.
     asked["outdir"] = args.outdir.display().to_string().into();
@@ -406,7 +417,7 @@ fn invents(args: &SampleArgs, pipeline: &Pipeline) -> bool {
         || tags && matches!(pipeline.meta().conditioning, Conditioning::Features { .. })
 }
 
-/// What all parts must have been given alike.
+/// All that the images depend on, which all parts must have been given alike.
 fn given(args: &SampleArgs, pipeline: &Pipeline, request: &Request) -> anyhow::Result<Value> {
     let bytes = |values| bytemuck::cast_slice::<f32, u8>(values);
     let values = request.conditions.iter().flat_map(|condition| [&condition.values, &condition.away]);
