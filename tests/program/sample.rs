@@ -541,7 +541,7 @@ impl Bench {
 #[test]
 fn an_interrupted_command_goes_on_and_makes_the_same_files() {
     let bench = Bench::new();
-    let arguments = "--seeds 0-6 --batch 2 --steps 250 --save-steps --tags cat --tags dog --per-condition 4";
+    let arguments = "--seeds 0-6 --batch 2 --steps 60 --save-steps --tags cat --tags dog --per-condition 4";
     bench.sample(&format!("--outdir whole {arguments}")).success();
     let interrupt = |out: &str| {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_edm2k"));
