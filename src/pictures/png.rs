@@ -14,7 +14,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-use std::io::{self, BufReader, Write};
+use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use super::Picture;
@@ -76,6 +76,18 @@ impl Picture {
         writer.write_image_data(&self.rgb)?;
         Ok(writer.finish()?)
     }
+}
+
+/// Whether a PNG file ends as one does, so that nothing was cut off.
+pub fn is_whole(path: &Path) -> bool {
+    let last = || -> io::Result<[u8; 8]> {
+        let (mut file, mut last) = (input::open(path)?, [0; 8]);
+        file.seek(SeekFrom::End(-8))?;
+        file.read_exact(&mut last)?;
+        Ok(last)
+    };
+    // The type and the checksum of the last chunk, which holds nothing.
+    last().is_ok_and(|last| last == *b"IEND\xae\x42\x60\x82")
 }
 
 /// Most bytes of a compressed text chunk.

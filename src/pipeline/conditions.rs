@@ -13,7 +13,7 @@ use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, MEANING_KEY, Meaning, unit_norm};
 use crate::data::dataset::{Dataset, DatasetError, Split};
 use crate::data::features::CONDITIONING_KEY;
-use crate::formats::fingerprint::name;
+use crate::formats::fingerprint::{Fingerprint, name};
 use crate::formats::npy::{self, NpyError};
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::onnx::OnnxError;
@@ -37,6 +37,11 @@ impl Condition {
     pub fn new<'a>(values: Vec<f32>, origin: impl IntoIterator<Item = (&'a str, Value)>) -> Self {
         let origin = origin.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
         Self { values, origin, away: Vec::new() }
+    }
+
+    /// Of what the network is given, whatever it was made of.
+    pub fn fingerprint(&self) -> Fingerprint {
+        Fingerprint::of([&self.values, &self.away].map(|values| bytemuck::cast_slice::<f32, u8>(values)))
     }
 
     /// The same condition, with one more entry in its origin.

@@ -21,6 +21,7 @@ mod output;
 mod request;
 mod viewer;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -46,7 +47,7 @@ use crate::condition::classes::Classes;
 use crate::condition::tagger::Tagger;
 use crate::condition::vae::Vae;
 use crate::device::{Backends, Device, Work};
-use crate::formats::fingerprint::{Identity, name};
+use crate::formats::fingerprint::{Fingerprint, Identity, name};
 use crate::formats::safetensors::{SafeError, SafeFile};
 use crate::formats::{At, FileError, transposed};
 use crate::memory;
@@ -86,6 +87,8 @@ pub enum PipelineError {
     #[error("{0}")]
     File(#[from] SafeError),
     #[error("{0}")]
+    Io(#[from] FileError),
+    #[error("{0}")]
     Memory(#[from] TooLarge),
     #[error("{0}")]
     Codec(#[from] CodecError),
@@ -117,6 +120,8 @@ pub enum PipelineError {
 pub struct Pipeline {
     device: Device,
     path: PathBuf,
+    /// What the images depend on, by what it is for: the model, what guides it, the autoencoder.
+    files: BTreeMap<&'static str, Identity>,
     meta: ModelMeta,
     net: Precond,
     guide: Option<PathBuf>,
@@ -148,6 +153,7 @@ impl Pipeline {
         Ok(Self {
             device: device.clone(),
             path: path.as_ref().into(),
+            files: BTreeMap::from([("model", Identity::of_file(path.as_ref()).at(path)?)]),
             meta: model.meta.clone(),
             net: model.net.clone(),
             guide: None,
@@ -180,6 +186,7 @@ impl Pipeline {
             let (path, model) = (path.display(), self.path.display());
             self.warnings.push(format!("{path}: it learned from images of {found}, {model} from {expected}"));
         }
+        self.files.insert("gnet", Identity::of_file(path).at(path)?);
         self.guide = Some(path.into());
         self.guide_is_conditional = guide.net.config.label_dim > 0;
         self.weights.push(guide);
@@ -193,6 +200,7 @@ impl Pipeline {
     /// one than that of the latents.
     pub fn with_codec(mut self, path: impl AsRef<Path>) -> Result<Self, PipelineError> {
         self.viewer = Some(self.viewer_of(path.as_ref())?);
+        self.files.insert("vae", Identity::of_file(path.as_ref()).at(&path)?);
         self.codec = Some(path.as_ref().into());
         Ok(self)
     }
@@ -336,15 +344,9 @@ impl Pipeline {
         Ok(())
     }
 
-    /// The files that were given, by what they are for. Reads them: processes that make parts of one request compare
-    /// them.
-    ///
-    /// # Errors
-    /// One cannot be read.
-    pub fn files(&self) -> Result<Vec<(&'static str, Identity)>, FileError> {
-        let files = [("model", Some(&self.path)), ("gnet", self.guide.as_ref()), ("vae", self.codec.as_ref())];
-        let given = files.into_iter().filter_map(|(key, path)| Some((key, path?)));
-        given.map(|(key, path)| Ok((key, Identity::of_file(path).at(path)?))).collect()
+    /// The files that images depend on, by what they are for: processes that make parts of one request compare them.
+    pub fn files(&self) -> &BTreeMap<&'static str, Identity> {
+        &self.files
     }
 
     /// Makes all images of a request.
@@ -366,8 +368,8 @@ impl Pipeline {
         Ok(Images::new(self, request, common))
     }
 
-    /// Parameters that all images of a request have in common. Files are given by their names only: where they lie is
-    /// nobody else's business.
+    /// Parameters that all images of a request have in common. Files are given by their names, as where they lie is
+    /// nobody else's business, and by their fingerprints.
     pub fn parameters(&self, request: &Request) -> Value {
         let [height, width] = self.size(request);
         let mut all = json!({
@@ -380,12 +382,16 @@ impl Pipeline {
         if let Some(from) = &request.from {
             all["from"] = from.name.clone().into();
         }
-        let guide = self.guide.as_ref().filter(|_| request.sampler.guidance != 1.0);
-        for (key, path) in [("gnet", guide), ("vae", self.codec.as_ref())] {
-            if let Some(path) = path {
-                all[key] = name(path).into();
-            }
+        let guided = request.sampler.guidance != 1.0;
+        let used = self.files.iter().filter(|(key, _)| guided || **key != "gnet");
+        let mut hashes: BTreeMap<_, _> = used.clone().map(|(key, file)| (*key, file.fingerprint)).collect();
+        for (key, file) in used {
+            all[*key] = file.name.clone().into();
         }
+        if let Some(from) = &request.from {
+            hashes.insert("from", Some(Fingerprint::of([bytemuck::cast_slice::<f32, u8>(&from.values)])));
+        }
+        (all["numbers"], all["hashes"]) = (self.device.numbers().into(), json!(hashes));
         all
     }
 }

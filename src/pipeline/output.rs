@@ -1,21 +1,21 @@
 //! The directory that images are written to.
 
-use std::collections::HashMap;
-use std::fs::{self, File, TryLockError};
-use std::io::{self, Write};
+use std::collections::{BTreeSet, HashMap};
+use std::fs;
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::Image;
 use super::images::text_of;
+use super::{Image, SOFTWARE};
 use crate::collective::Part;
-use crate::formats::fingerprint::Fingerprint;
+use crate::formats::differences::differing_texts;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, TensorOut};
-use crate::formats::{At, DirLock, FileError, LockError, input, transposed, write_atomically};
-use crate::pictures::png::{PngError, read_text};
-use crate::pictures::{Picture, decode};
+use crate::formats::{At, DirLock, FileError, LockError, transposed};
+use crate::pictures::png::{self, PngError};
+use crate::pictures::{Picture, PictureError, decode};
 
 /// Why images cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -30,8 +30,8 @@ pub enum OutputError {
     Directory { path: PathBuf },
     #[error("{}: somebody else has made it meanwhile", path.display())]
     Meanwhile { path: PathBuf },
-    #[error("{}: another process is making these images", path.display())]
-    Busy { path: PathBuf },
+    #[error("{}: {why}; remove it, and give the command again", path.display())]
+    Picture { path: PathBuf, why: Box<PictureError> },
     #[error("{0}")]
     Io(#[from] FileError),
     #[error("{0}")]
@@ -44,23 +44,22 @@ type Result<T, E = OutputError> = std::result::Result<T, E>;
 
 /// A directory of images. It has `000007.png` for seed 7, `000007-2.png` for the second image of that seed,
 /// `000007-steps.png` for its steps, and `grid.png` for all. Latents are in `latents.safetensors`, for which each part
-/// leaves a file such as `latents-2-of-3.safetensors`. A part also leaves what it was given, in `part-2-of-3.json`, until all
-/// are there. Work that does not end leaves a mark, such as `unfinished-0123456789ab.json`: the same work goes on with the
-/// pictures that it finds. Other processes may add their seeds meanwhile.
+/// leaves a file such as `latents-2-of-3.safetensors`. Other processes may add their seeds meanwhile.
+///
+/// A file carries all that it depends on, contents of files by their fingerprints. So one that is there already with the same
+/// parameters is what would be made anew, whoever made it.
 pub struct OutDir {
     dir: PathBuf,
     overwrite: bool,
     lock: DirLock,
-    /// Whether it has pictures of the same work, which did not end.
-    goes_on: bool,
-    /// What says so if this process does not end either; locked, since until it ends nobody else goes on.
-    mark: Option<(PathBuf, File)>,
     /// What each image is called.
     names: Vec<String>,
     /// Seeds of the images.
     seeds: Vec<u64>,
     /// Which of them this process makes.
     part: Part,
+    /// Numbers of its images that are there.
+    there: BTreeSet<usize>,
 }
 
 debug!(OutDir { dir });
@@ -88,84 +87,49 @@ impl OutDir {
             *count += 1;
             if *count == 1 { format!("{seed:06}") } else { format!("{seed:06}-{count}") }
         });
-        let (names, lock) = (names.collect(), DirLock::shared(dir)?);
-        Ok(Self { dir: dir.into(), overwrite, lock, goes_on: false, mark: None, names, seeds: seeds.into(), part })
+        let (names, lock, seeds) = (names.collect(), DirLock::shared(dir)?, seeds.into());
+        Ok(Self { dir: dir.into(), overwrite, lock, names, seeds, part, there: BTreeSet::new() })
     }
 
     /// Refuses, before anything is computed, to overwrite the files of this part's images, whose numbers are `own` and
-    /// parameters `about`. If the work may be gone on with, `given` is all that its pictures depend on; those that it has made
-    /// are in nobody's way.
+    /// parameters `about`. Pictures that have them already need not be made; latents of one file are made together.
     ///
     /// # Errors
-    /// [`OutputError`]: the directory has one of the files already and may not overwrite it, or cannot be written in.
+    /// [`OutputError`]: the directory holds one of the files already, of something else, and `overwrite` was not given.
     ///
     /// # Panics
     /// If `own` goes beyond the seeds.
-    pub fn claim(
-        &mut self,
-        own: Range<usize>,
-        kept: Kept,
-        about: impl Fn(usize) -> Value,
-        given: Option<&Value>,
-    ) -> Result<()> {
-        let mark = given.map(|given| {
-            let digest = Fingerprint::of([given.to_string().as_bytes(), self.part.to_string().as_bytes()]);
-            self.dir.join(format!("{UNFINISHED}{digest}.json"))
-        });
-        if let Some(path) = mark.as_ref().filter(|path| !self.overwrite && path.is_file()) {
-            self.mark = Some((path.clone(), locked(path)?));
-            self.goes_on = true;
-        }
-        let files: Vec<(String, Option<usize>)> = match kept {
-            Kept::Latents => [LATENTS.into(), latents_name(self.part)].map(|name| (name, None)).into(),
-            _ => own.flat_map(|number| self.names_of(number, kept).map(move |name| (name, Some(number)))).collect(),
-        };
-        let mut replaces = false;
-        for (name, number) in files {
+    pub fn claim(&mut self, own: Range<usize>, kept: Kept, about: impl Fn(usize) -> Value) -> Result<()> {
+        // Whether a file has these parameters; an error if it is in the way.
+        let is_there = |name: String, about: Option<Value>| {
             let path = self.dir.join(name);
-            let there = path.symlink_metadata().is_ok();
             if path.is_dir() {
                 return Err(OutputError::Directory { path });
             }
-            if there && !self.overwrite && !number.is_some_and(|number| self.goes_on && says(&path, &about(number))) {
-                return Err(OutputError::Exists { path });
+            if self.overwrite || path.symlink_metadata().is_err() {
+                return Ok(false);
             }
-            replaces |= there && self.overwrite;
+            if about.is_some_and(|about| says(&path, &about)) { Ok(true) } else { Err(OutputError::Exists { path }) }
+        };
+        if kept == Kept::Latents {
+            return [LATENTS.into(), latents_name(self.part)]
+                .into_iter()
+                .try_for_each(|name| is_there(name, None).map(drop));
         }
-        if self.overwrite {
-            // From now on a picture may be of other work than its parameters tell.
-            let files = fs::read_dir(&self.dir).at(&self.dir)?.flatten();
-            let marks = files.filter(|file| file.file_name().to_string_lossy().starts_with(UNFINISHED));
-            marks.for_each(|mark| drop(fs::remove_file(mark.path())));
+        let mut there = BTreeSet::new();
+        for number in own {
+            let (name, about) = (&self.names[number], about(number));
+            let picture = is_there(picture_name(name), Some(about.clone()))?;
+            let steps = kept != Kept::Steps || is_there(steps_name(name), Some(about))?;
+            there.extend((picture && steps).then_some(number));
         }
-        if let (Some(path), Some(given), false) = (mark, given, replaces || self.goes_on) {
-            write_atomically(&path, |out| write!(out, "{given}")).at(&path)?;
-            self.mark = Some((path.clone(), locked(&path)?));
-        }
+        self.there = there;
         Ok(())
     }
 
-    /// The files of an image that is kept as a picture.
-    fn names_of(&self, number: usize, kept: Kept) -> impl Iterator<Item = String> + use<> {
-        let name = &self.names[number];
-        let steps = (kept == Kept::Steps).then(|| steps_name(name));
-        [picture_name(name)].into_iter().chain(steps)
-    }
-
-    /// Whether the same work has made an image before it was interrupted, whose parameters are `about`.
-    ///
-    /// # Panics
-    /// If there is no such image.
-    pub fn has(&self, number: usize, kept: Kept, about: &Value) -> bool {
-        self.goes_on && self.names_of(number, kept).all(|name| says(&self.dir.join(name), about))
-    }
-
-    /// All is made: there is nothing to go on with.
-    pub fn finish(self) {
-        if let Some((path, file)) = self.mark {
-            drop(file); // or Windows would keep the file
-            drop(fs::remove_file(path));
-        }
+    /// Whether image `number`, one of this part, was there when it was claimed.
+    pub fn had(&self, number: usize) -> bool {
+        self.there.contains(&number)
     }
 
     /// A warning, if the file system has no locks.
@@ -173,49 +137,7 @@ impl OutDir {
         self.lock.warning()
     }
 
-    /// Leaves for the other parts what this one was given.
-    ///
-    /// # Errors
-    /// [`OutputError::Io`].
-    pub fn note(&self, given: &Value) -> Result<()> {
-        let path = self.dir.join(note_name(self.part));
-        Ok(write_atomically(&path, |out| write!(out, "{given}")).at(path)?)
-    }
-
-    /// Whether the directory has another picture with the same parameters. So something that they do not tell was another,
-    /// such as a model of the same name.
-    pub fn has_another(&self, image: &Image) -> bool {
-        let there = self.written(image.number, &image.about);
-        there.is_some_and(|there| image.picture.as_ref().is_some_and(|picture| picture.rgb() != there.rgb()))
-    }
-
-    /// Leaves a note for each of the other parts that has left none.
-    ///
-    /// # Errors
-    /// [`OutputError::Io`].
-    pub fn note_others(&self, given: &Value) -> Result<()> {
-        for number in (0..self.part.of).filter(|&number| number != self.part.number) {
-            let path = self.dir.join(note_name(Part { number, ..self.part }));
-            if path.symlink_metadata().is_err() {
-                write_atomically(&path, |out| write!(out, "{given}")).at(path)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// What a part was given, if it has left that.
-    pub fn noted(&self, part: Part) -> Option<String> {
-        input::text(&self.dir.join(note_name(part))).ok()
-    }
-
-    /// Removes what the parts have left, all of which are there.
-    pub fn forget(&self) {
-        let all = (0..self.part.of).map(|number| self.dir.join(note_name(Part { number, ..self.part })));
-        // Another process may have removed it already.
-        all.for_each(|path| drop(fs::remove_file(path)));
-    }
-
-    /// Writes an image's picture, and the pictures of its steps side by side if there are some.
+    /// Writes an image's picture, and the pictures of its steps side by side if there are some; not those that are there.
     ///
     /// # Panics
     /// If it is none of the images for which the directory was claimed.
@@ -226,9 +148,8 @@ impl OutDir {
         let (about, own) = (image.about.to_string(), &self.names[image.number]);
         let save = |picture: &Picture, name: String, infotext: Option<&str>| {
             let path = self.dir.join(name);
-            let ours = self.overwrite || self.goes_on && says(&path, &image.about);
-            if !ours && path.symlink_metadata().is_ok() {
-                return Err(OutputError::Meanwhile { path });
+            if !self.overwrite && path.symlink_metadata().is_ok() {
+                return if says(&path, &image.about) { Ok(()) } else { Err(OutputError::Meanwhile { path }) };
             }
             Ok(picture.save(&path, &text_of(&about, infotext))?)
         };
@@ -242,14 +163,33 @@ impl OutDir {
         if steps.is_empty() { Ok(()) } else { save(&Picture::grid(steps, steps.len()), steps_name(own), None) }
     }
 
-    /// The picture of image `number`, if some process has written it with the parameters `about`. A file with other
-    /// parameters is another picture.
+    /// Whether some process has written image `number` with the parameters `about`. Of a file with others, how they differ.
+    ///
+    /// # Errors
+    /// How they differ; nothing if there is none.
     ///
     /// # Panics
     /// If there is no such image.
-    pub fn written(&self, number: usize, about: &Value) -> Option<Picture> {
+    pub fn has(&self, number: usize, about: &Value) -> Result<(), Option<String>> {
         let path = self.dir.join(picture_name(&self.names[number]));
-        says(&path, about).then(|| decode::open(&path, [255; 3]).ok().map(|image| image.picture))?
+        if says(&path, about) {
+            return Ok(());
+        }
+        Err(parameters(&path).map(|theirs| differing_texts(&about.to_string(), &theirs)))
+    }
+
+    /// The picture of an image that is there.
+    ///
+    /// # Errors
+    /// [`OutputError::Picture`]: it is not, or is damaged.
+    ///
+    /// # Panics
+    /// If there is no such image.
+    pub fn picture(&self, number: usize) -> Result<Picture> {
+        let path = self.dir.join(picture_name(&self.names[number]));
+        decode::open(&path, decode::WHITE)
+            .map(|image| image.picture)
+            .map_err(|why| OutputError::Picture { path, why: why.into() })
     }
 
     /// Writes a grid of pictures, `columns` to a row, under the first name that is free or has the same grid already.
@@ -304,13 +244,20 @@ impl OutDir {
     /// The file of the latents of a part, whose images are `own`, if some process has written it with the parameters
     /// `about`.
     ///
+    /// # Errors
+    /// As [`OutDir::has`].
+    ///
     /// # Panics
     /// If `own` goes beyond the seeds.
-    pub fn latents(&self, part: Part, own: Range<usize>, about: &Value) -> Option<SafeFile> {
-        let file = SafeFile::open(self.dir.join(latents_name(part))).ok()?;
-        let says = file.metadata().get("edm2k") == Some(&about.to_string());
-        let seeds = file.i64("seeds").ok()?;
-        (says && seeds.iter().map(|&seed| seed as u64).eq(self.seeds[own].iter().copied())).then_some(file)
+    pub fn latents(&self, part: Part, own: Range<usize>, about: &Value) -> Result<SafeFile, Option<String>> {
+        let file = SafeFile::open(self.dir.join(latents_name(part))).map_err(|_| None)?;
+        let (ours, theirs) = (about.to_string(), file.metadata().get("edm2k").cloned().unwrap_or_default());
+        let seeds = file.i64("seeds").map_err(|_| None)?;
+        match seeds.iter().map(|&seed| seed as u64).eq(self.seeds[own].iter().copied()) {
+            true if ours == theirs => Ok(file),
+            true => Err(Some(differing_texts(&ours, &theirs))),
+            false => Err(Some("other seeds".into())),
+        }
     }
 
     /// Whether the file of all images has the same latents for the images `own` as the file of their part.
@@ -380,33 +327,23 @@ impl OutDir {
     }
 }
 
-/// A mark of unfinished work that no other process works on.
-fn locked(path: &Path) -> Result<File> {
-    let file = File::open(path).at(path)?;
-    match file.try_lock() {
-        Err(TryLockError::WouldBlock) => Err(OutputError::Busy { path: path.into() }),
-        // Some file systems have no locks.
-        _ => Ok(file),
-    }
+/// The parameters that a PNG of this version carries.
+fn parameters(path: &Path) -> Option<String> {
+    let texts = png::read_text(path).ok()?;
+    let text = |key: &str| texts.iter().find(|(name, _)| name == key).map(|(_, text)| text.clone());
+    text("edm2k").filter(|_| text("Software").as_deref() == Some(SOFTWARE))
 }
 
-/// Whether a PNG carries these parameters.
+/// Whether a PNG carries these parameters, and is whole.
 fn says(path: &Path, about: &Value) -> bool {
-    let about = about.to_string();
-    read_text(path).is_ok_and(|texts| texts.iter().any(|(key, text)| key == "edm2k" && *text == about))
+    parameters(path).is_some_and(|text| text == about.to_string()) && png::is_whole(path)
 }
 
 const LATENTS: &str = "latents.safetensors";
-/// What the names of marks begin with.
-const UNFINISHED: &str = "unfinished-";
 
 /// The name of the file of all latents, or of those of one of several parts.
 fn latents_name(part: Part) -> String {
     if part == Part::WHOLE { LATENTS.into() } else { part.file("latents") }
-}
-
-fn note_name(part: Part) -> String {
-    format!("part-{}-of-{}.json", part.number + 1, part.of)
 }
 
 fn picture_name(name: &str) -> String {

@@ -84,8 +84,11 @@ impl Request {
         if let Some(&(seed, share)) = self.towards.get(number) {
             about["towards"] = json!({"seed": seed, "share": share});
         }
-        let condition = self.condition_of(number).map(|row| self.conditions[row].origin.clone());
-        about["condition"] = condition.into();
+        let condition = self.condition_of(number).map(|row| &self.conditions[row]);
+        about["condition"] = condition.map(|condition| condition.origin.clone()).into();
+        if let Some(condition) = condition {
+            about["hashes"]["condition"] = json!(condition.fingerprint());
+        }
         about
     }
 

@@ -916,9 +916,12 @@ fn ranks_and_parts_make_the_files_that_one_process_makes() {
     assert!(part("2/3").contains("1 are still missing, of part 1/3"));
     fs::write(&mine, own).unwrap();
     fs::remove_file(place.path("parts/000007.png")).unwrap();
-    let again = place.rank(0, 1, 0, &sample("parts", "--part 2/3")).output().unwrap();
+    fs::write(&mine, b"somebody's own").unwrap();
+    let again = place.rank(0, 1, 0, &sample("parts", "--part 1/3")).output().unwrap();
     assert!(text(&again).contains("exists; give --overwrite"), "{}", text(&again));
-    succeed(&mut place.rank(0, 1, 0, &sample("parts", "--part 2/3 --overwrite")));
+    fs::remove_file(&mine).unwrap();
+    assert!(part("2/3").contains("2 of 4 images are there"));
+    assert!(part("1/3").contains("2 of 4 images are there"));
     succeed(&mut place.rank(0, 1, 0, &sample("parts", "--part 3/3 --overwrite")));
     same("parts");
 
@@ -942,10 +945,7 @@ fn ranks_and_parts_make_the_files_that_one_process_makes() {
     assert!(!place.path("mixed").exists(), "nothing was begun");
     succeed(&mut place.rank(0, 1, 0, &of("a", "--part 1/2")));
     let said = succeed(&mut place.rank(0, 1, 0, &of("b", "--part 2/2")));
-    assert!(
-        said.contains("6 are still missing, of part 1/2 (of something else: files.model is m.safetensors ("),
-        "{said}"
-    );
+    assert!(said.contains("6 are still missing, of part 1/2 (of something else: hashes.model is "), "{said}");
     succeed(&mut place.rank(0, 1, 0, &of("b", "--part 1/2 --overwrite")));
     let names: Vec<_> = files(&place.path("mixed")).into_keys().collect();
     assert!(names.iter().eq(expected.keys()), "{names:?}");
@@ -953,8 +953,7 @@ fn ranks_and_parts_make_the_files_that_one_process_makes() {
     let before = files(&place.path("mixed"));
     assert!(succeed(&mut place.rank(0, 1, 0, &of("b", "--part 2/2 --overwrite"))).contains("11 images of 32x32"));
     assert!(files(&place.path("mixed")) == before);
-    let why =
-        "5 are still missing, of part 2/2 (of something else: files.model is perhaps another there, m.safetensors (";
+    let why = "5 are still missing, of part 2/2 (of something else: hashes.model is ";
     for _ in 0..2 {
         let said = succeed(&mut place.rank(0, 1, 0, &of("a", "--part 1/2 --overwrite")));
         assert!(said.contains(why), "{said}");

@@ -537,55 +537,66 @@ impl Bench {
     }
 }
 
-/// The same command goes on, whatever moment it was killed at; no other work takes what it left for its own.
+/// The same command goes on, whatever moment it was killed at and whatever is missing. No picture of anything else is taken
+/// for one of its own.
 #[test]
-fn an_interrupted_command_goes_on_and_makes_the_same_files() {
+fn what_is_there_is_not_made_again_and_the_rest_is_the_same() {
     let bench = Bench::new();
     let arguments = "--seeds 0-6 --batch 2 --steps 60 --save-steps --tags cat --tags dog --per-condition 4";
     bench.sample(&format!("--outdir whole {arguments}")).success();
-    let interrupt = |out: &str| {
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_edm2k"));
-        command.current_dir(bench.dir.path()).args(["sample", "--model", "m.safetensors", "--outdir", out]);
-        command.args(arguments.split(' ')).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut child = command.spawn().unwrap();
-        while !bench.path(out).join("000002.png").exists() && child.try_wait().unwrap().is_none() {
-            std::thread::sleep(std::time::Duration::from_millis(1));
+    let go_on = |out: &str, expected: &str| {
+        let output = bench.sample(&format!("--outdir {out} {arguments}")).success().get_output().clone();
+        let said = String::from_utf8([output.stderr, output.stdout].concat()).unwrap();
+        assert!(said.contains(expected), "{said}");
+        let names = |dir: &str| -> std::collections::BTreeSet<_> {
+            fs::read_dir(bench.path(dir)).unwrap().map(|file| file.unwrap().file_name()).collect()
+        };
+        assert_eq!((names(out).len(), names(out)), (15, names("whole")));
+        for name in names(out) {
+            let [whole, own] = ["whole", out].map(|dir| fs::read(bench.path(dir).join(&name)).unwrap());
+            assert!(whole == own, "{name:?}");
         }
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert!(!bench.path(out).join("grid.png").exists(), "it was killed in time");
     };
-    let marks = |out: &str| {
-        let names = fs::read_dir(bench.path(out)).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
-        names.filter(|name| name.starts_with("unfinished-")).count()
-    };
-    let changed = |name: &str| fs::metadata(bench.path(name)).unwrap().modified().unwrap();
-    interrupt("a");
-    assert_eq!(marks("a"), 1);
-    let (first, exists) = (changed("a/000000.png"), "--outdir: a/000000.png exists");
-    bench.fails(&format!("--outdir a {arguments} --guidance 3"), exists);
-    let said = bench.sample(&format!("--outdir a {arguments}")).success().get_output().stderr.clone();
-    let said = String::from_utf8(said).unwrap();
-    assert!(said.contains("going on: 2 of 7 images are there"), "{said}");
-    assert_eq!((changed("a/000000.png"), marks("a")), (first, 0), "it was made once");
-    let names: Vec<_> = fs::read_dir(bench.path("whole")).unwrap().map(|file| file.unwrap().file_name()).collect();
-    assert_eq!((names.len(), fs::read_dir(bench.path("a")).unwrap().count()), (15, 15));
-    for name in names {
-        let [whole, a] = ["whole", "a"].map(|dir| fs::read(bench.path(dir).join(&name)).unwrap());
-        assert!(whole == a, "{name:?}");
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_edm2k"));
+    command.current_dir(bench.dir.path()).args(["sample", "--model", "m.safetensors", "--outdir", "a"]);
+    command.args(arguments.split(' ')).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    while !bench.path("a/000002.png").exists() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
     }
-    bench.fails(&format!("--outdir a {arguments}"), exists);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!bench.path("a/grid.png").exists(), "it was killed in time");
+    let changed = |name: &str| fs::metadata(bench.path(name)).unwrap().modified().unwrap();
+    let first = changed("a/000000.png");
+    go_on("a", " of 7 images are there\n");
+    assert_eq!(changed("a/000000.png"), first, "it was made once");
 
-    // Pictures of another model of the same name carry the same parameters.
-    interrupt("b");
+    // Two batches lack something.
+    fs::remove_file(bench.path("a/000002.png")).unwrap();
+    fs::remove_file(bench.path("a/000005-steps.png")).unwrap();
+    go_on("a", "3 of 7 images are there\n");
+    fs::remove_file(bench.path("a/grid.png")).unwrap();
+    let all = "7 of 7 images are there\n7 images of 16x16 were there: a/grid.png\n";
+    go_on("a", all);
+
+    let exists = "--outdir: a/000000.png exists; give --overwrite";
+    bench.fails(&format!("--outdir a {arguments} --guidance 3"), exists);
+    bench.fails(&format!("--outdir a {arguments} --precision f32"), exists);
+    let whole = fs::read(bench.path("a/000000.png")).unwrap();
+    fs::write(bench.path("a/000000.png"), &whole[..whole.len() - 1]).unwrap();
+    bench.fails(&format!("--outdir a {arguments}"), exists);
+    fs::write(bench.path("a/000000.png"), whole).unwrap();
+    // Another model of the same name.
     let (mut other, _) = tiny();
     other.meta.vocabulary = Model::load(bench.path("m.safetensors")).unwrap().meta.vocabulary;
     other.weights.iter_mut().flatten().for_each(|w| *w *= 1.5);
+    let before = fs::read(bench.path("m.safetensors")).unwrap();
     save(bench.path("m.safetensors"), &other.net.config, &other.meta, &other.table, &other.weights, Stored::F32)
         .unwrap();
-    bench.fails(&format!("--outdir b {arguments}"), "--outdir: b/000000.png exists");
-    bench.sample("--outdir b --seeds 0 --tags cat --overwrite").success();
-    assert_eq!(marks("b"), 0, "nobody knows any more whose pictures these are");
+    bench.fails(&format!("--outdir a {arguments}"), exists);
+    fs::write(bench.path("m.safetensors"), before).unwrap();
+    go_on("a", all);
 }
 
 #[test]
@@ -633,7 +644,7 @@ fn pictures_carry_their_parameters_and_are_never_overwritten_unasked() {
     assert_eq!(infotext("away/000000.png"), Some(expected));
 
     let before = fs::read(bench.path("out/000003.png")).unwrap();
-    bench.fails(arguments, "exists; give --overwrite");
+    bench.fails(&arguments.replace("--guidance 2", "--guidance 3"), "exists; give --overwrite");
     bench.sample(&format!("{arguments} --overwrite --batch 1")).failure(); // --batch twice
     bench.sample(&arguments.replace("--batch 3", "--batch 1 --overwrite")).success();
     assert!(before == fs::read(bench.path("out/000003.png")).unwrap(), "the batch size changed the file");

@@ -14,9 +14,8 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 
 use edm2k::collective::{Part, share};
-use edm2k::formats::differences::differing_texts;
 use edm2k::pictures::Picture;
-use edm2k::pipeline::{Image, Kept, OutDir, PipelineError, Request, Step};
+use edm2k::pipeline::{Condition, Image, Kept, OutDir, PipelineError, Request, Step};
 
 use super::{Resolved, SampleArgs};
 use crate::cli::ranks::Ranks;
@@ -58,54 +57,37 @@ impl Steps {
     }
 }
 
-/// Writes images and the pictures of their steps; returns the first pictures, for a grid, which begins with those that were
-/// there. Of one of several parts, `given` is what it was given.
-fn write(
-    made: Receiver<(Image, Vec<Picture>)>,
-    out: &OutDir,
-    mut given: Option<&Value>,
-    mut pictures: Vec<Picture>,
-) -> anyhow::Result<Vec<Picture>> {
+/// Writes images and the pictures of their steps; returns pictures for a grid, by their images' numbers.
+fn write(made: Receiver<(Image, Vec<Picture>)>, out: &OutDir) -> anyhow::Result<BTreeMap<usize, Picture>> {
+    let mut pictures = BTreeMap::new();
     for (image, steps) in made {
-        // What the other parts have there may be of the same other files. They are to be made anew too.
-        if let Some(mut others) = given.filter(|_| out.has_another(&image)).cloned() {
-            let files = others["files"].as_object_mut();
-            files.into_iter().flatten().for_each(|(_, file)| *file = "perhaps another".into());
-            out.note_others(&others)?;
-            given = None;
-        }
         out.save(&image, &steps)?;
-        pictures.extend(image.picture);
-        pictures.truncate(most_of_grid(&pictures));
+        if let Some(picture) = image.picture.filter(|picture| image.number < most_of_grid(picture)) {
+            pictures.insert(image.number, picture);
+        }
     }
     Ok(pictures)
 }
 
-/// How many of a part's images the same work has made before it was interrupted, in whole batches, and the first pictures of
-/// them, for a grid.
-fn there(out: &OutDir, common: &Value, request: &Request, part: Part, kept: Kept) -> (usize, Vec<Picture>) {
-    let (mut count, mut pictures) = (0, Vec::new());
-    for number in images_of(part, request) {
-        let about = request.about(common, number);
-        if !out.has(number, kept, &about) {
-            break;
+/// The batches of a part of which an image is not there, one after the other in one range.
+fn lacking(out: &OutDir, part: Part, request: &Request) -> Vec<Range<usize>> {
+    let own = images_of(part, request);
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    for first in own.clone().step_by(request.batch) {
+        let last = (first + request.batch).min(own.end);
+        match ranges.last_mut() {
+            _ if (first..last).all(|number| out.had(number)) => {}
+            Some(range) if range.end == first => range.end = last,
+            _ => ranges.push(first..last),
         }
-        if pictures.len() == count {
-            let Some(picture) = out.written(number, &about) else { break };
-            pictures.push(picture);
-            pictures.truncate(most_of_grid(&pictures));
-        }
-        count += 1;
     }
-    let count = count / request.batch * request.batch;
-    pictures.truncate(count);
-    (count, pictures)
+    ranges
 }
 
 /// What came of a part's images, beside their files.
 struct Made {
-    /// The first pictures, for a grid.
-    pictures: Vec<Picture>,
+    /// Pictures for a grid, by their images' numbers.
+    pictures: BTreeMap<usize, Picture>,
     /// Latents, if there are no pictures.
     latents: Vec<Image>,
     /// Those of their steps.
@@ -118,52 +100,56 @@ struct Made {
 /// Makes this part's images, and writes their pictures. A device that runs all steps as one plan cannot show them: so steps
 /// are watched where they are kept, and on the CPU, where each takes so long that people want to see it.
 fn make(resolved: &mut Resolved, args: &SampleArgs, out: &OutDir, ranks: &Ranks) -> anyhow::Result<Made> {
-    let Resolved { pipeline, request, kept, part, given } = resolved;
+    let Resolved { pipeline, request, kept, part } = resolved;
     let (own, save_steps) = (images_of(*part, request), args.save_steps);
-    let count = own.len();
-    let (before, there) = there(out, &pipeline.parameters(request), request, *part, *kept);
+    let (lacking, count) = (lacking(out, *part, request), own.len());
+    let before = count - lacking.iter().map(Range::len).sum::<usize>();
     let watched = save_steps || pipeline.device().runtime().is_none();
-    let steps = ((count - before).div_ceil(request.batch) * request.sampler.taken()) as u64;
-    let bar = ranks.bar(steps, "{msg} {per_sec} {elapsed} (about {eta} left)");
+    let batches = lacking.iter().map(|range| range.len().div_ceil(request.batch)).sum::<usize>();
+    let bar = ranks.bar((batches * request.sampler.taken()) as u64, "{msg} {per_sec} {elapsed} (about {eta} left)");
     bar.set_message(format!("{before} of {count} images"));
-    if before > 0 && ranks.first() {
-        above(&bar, &format!("going on: {before} of {count} images are there"));
+    if before > 0 {
+        above(&bar, &format!("{before} of {count} images are there"));
     }
     let terminal = std::io::stderr().is_terminal();
     let started = Instant::now();
     let steps = RefCell::new(Steps::default());
-    let mut images = pipeline.images(request)?.only(own.start + before..own.end);
-    if watched {
-        images = images.watched(|step| {
-            bar.inc(1);
-            if save_steps { steps.borrow_mut().keep(step, *kept == Kept::Steps) } else { Ok(()) }
-        });
-    }
     let (mut latents, mut latent_steps) = (Vec::new(), Vec::new());
-    let pictures = thread::scope(|scope| -> anyhow::Result<Vec<Picture>> {
+    let pictures = thread::scope(|scope| -> anyhow::Result<BTreeMap<usize, Picture>> {
         // Pictures are compressed and written while the next are made.
         let (sender, made) = sync_channel(request.batch);
-        let noted = Some(&*given).filter(|_| args.part.is_some() && part.of > 1);
-        let writer = scope.spawn(move || write(made, out, noted, there));
-        for image in images {
-            let image = image?;
-            let done = image.number + 1 - own.start;
-            if *kept == Kept::Latents {
-                latent_steps.append(&mut steps.borrow_mut().latents.remove(&image.number).unwrap_or_default());
-                latents.push(image);
-            } else {
-                let of_steps = steps.borrow_mut().pictures.remove(&image.number).unwrap_or_default();
-                if sender.send((image, of_steps)).is_err() {
-                    break; // the writer says why
-                }
+        let writer = scope.spawn(move || write(made, out));
+        let mut done = before;
+        'all: for range in lacking {
+            let last = range.end;
+            let mut images = pipeline.images(request)?.only(range);
+            if watched {
+                images = images.watched(|step| {
+                    bar.inc(1);
+                    if save_steps { steps.borrow_mut().keep(step, *kept == Kept::Steps) } else { Ok(()) }
+                });
             }
-            if done.is_multiple_of(request.batch) || done == count {
-                if !watched {
-                    bar.inc(request.sampler.taken() as u64);
+            for image in images {
+                let image = image?;
+                let number = image.number;
+                if *kept == Kept::Latents {
+                    latent_steps.append(&mut steps.borrow_mut().latents.remove(&number).unwrap_or_default());
+                    latents.push(image);
+                } else {
+                    let of_steps = steps.borrow_mut().pictures.remove(&number).unwrap_or_default();
+                    if sender.send((image, of_steps)).is_err() {
+                        break 'all; // the writer says why
+                    }
                 }
-                bar.set_message(format!("{done} of {count} images"));
-                if !terminal && ranks.first() {
-                    note!("{done} of {count} images, {:.1} s", started.elapsed().as_secs_f64());
+                done += 1;
+                if (number + 1 - own.start).is_multiple_of(request.batch) || number + 1 == last {
+                    if !watched {
+                        bar.inc(request.sampler.taken() as u64);
+                    }
+                    bar.set_message(format!("{done} of {count} images"));
+                    if !terminal && ranks.first() {
+                        note!("{done} of {count} images, {:.1} s", started.elapsed().as_secs_f64());
+                    }
                 }
             }
         }
@@ -178,19 +164,29 @@ fn make(resolved: &mut Resolved, args: &SampleArgs, out: &OutDir, ranks: &Ranks)
 
 /// Makes this part's images and writes them, and what is made of those of all parts: a grid, or the file of all latents.
 pub fn draw(mut resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut Ranks) -> anyhow::Result<()> {
-    let Made { mut pictures, latents, latent_steps, seconds, rate } = make(&mut resolved, args, out, ranks)?;
-    let Resolved { pipeline, request, kept, part, given } = &resolved;
+    let Made { pictures, latents, latent_steps, seconds, rate } = make(&mut resolved, args, out, ranks)?;
+    let Resolved { pipeline, request, kept, part } = &resolved;
     let mut about = pipeline.parameters(request);
     let [height, width] = pipeline.size(request);
     let shape = [height, width, pipeline.net().config.img_channels];
-    let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
+    let parts = Parts { request, part: *part, out, args };
+    let pictures = match kept {
+        Kept::Latents => Vec::new(),
+        _ => match parts.gathered(pictures, &about, ranks)? {
+            Some(pictures) => pictures,
+            None => return Ok(()),
+        },
+    };
+    // What is made of several images says so of them all.
+    let conditions = request.conditions.iter();
+    about["per_condition"] = request.per_condition.into();
+    about["conditions"] = json!(conditions.clone().map(|condition| &condition.origin).collect::<Vec<_>>());
+    about["hashes"]["conditions"] = json!(conditions.map(Condition::fingerprint).collect::<Vec<_>>());
     let target = if *kept == Kept::Latents {
-        about["per_condition"] = request.per_condition.into();
-        about["conditions"] = json!(origins);
         let mut target = out.save_latents(&latents, &latent_steps, shape, &about)?;
         drop((latents, latent_steps));
         if part.of > 1 {
-            match (RequestPart { request, about: &about, part: *part, given, out, args }).joined(ranks)? {
+            match parts.joined(&about, ranks)? {
                 Some(all) => target = all,
                 None => return Ok(()),
             }
@@ -198,12 +194,6 @@ pub fn draw(mut resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut
         out!("The images are latents, kept as they are; --vae FILE (an SD-VAE or a TAESD) makes pictures of them.");
         target
     } else {
-        if part.of > 1 {
-            match (RequestPart { request, about: &about, part: *part, given, out, args }).gathered(ranks)? {
-                Some(all) => pictures = all,
-                None => return Ok(()),
-            }
-        }
         // A row for each condition if they are grouped.
         let columns = match request.per_condition {
             1 if args.interpolate.is_some() => pictures.len(),
@@ -211,122 +201,112 @@ pub fn draw(mut resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut
             per_condition => per_condition,
         };
         about["seeds"] = json!(request.seeds[..pictures.len()]);
-        about["per_condition"] = request.per_condition.into();
-        about["conditions"] = json!(origins);
         out.save_grid(&pictures, columns, &about)?
     };
     let [height, width] = pictures.first().map_or([height, width], |picture| [picture.height(), picture.width()]);
     let (target, device) = (target.display(), pipeline.device());
-    let count = request.seeds.len();
-    out!("{count} images of {width}x{height} in {seconds:.1} s ({rate:.2} it/s on {device}): {target}");
+    let images = format!("{} images of {width}x{height}", request.seeds.len());
+    match rate > 0.0 {
+        true => out!("{images} in {seconds:.1} s ({rate:.2} it/s on {device}): {target}"),
+        false => out!("{images} were there: {target}"),
+    }
     Ok(())
 }
 
-/// How many pictures make a grid, all as large as the first.
-fn most_of_grid(pictures: &[Picture]) -> usize {
-    let most = pictures.first().map_or(1, |picture| GRID_BYTES / picture.rgb().len().max(1));
-    most.clamp(1, GRID)
+/// How many pictures make a grid, all as large as this one.
+fn most_of_grid(picture: &Picture) -> usize {
+    (GRID_BYTES / picture.rgb().len().max(1)).clamp(1, GRID)
 }
 
-/// One of several parts of a request, and where its images are.
+/// The parts of a request, and where its images are.
 #[derive(Clone, Copy)]
-struct RequestPart<'a> {
+struct Parts<'a> {
     request: &'a Request,
-    /// What all images say of themselves.
-    about: &'a Value,
+    /// That of this process.
     part: Part,
-    /// What all parts must have been given alike.
-    given: &'a Value,
     out: &'a OutDir,
     args: &'a SampleArgs,
 }
 
-impl RequestPart<'_> {
-    /// The pictures of all parts that the grid is made of, for the process that makes it.
-    fn gathered(self, ranks: &mut Ranks) -> anyhow::Result<Option<Vec<Picture>>> {
-        let Self { request, about, out, .. } = self;
-        let mut pictures = Vec::new();
-        let mut lacking = |part: Part| -> Vec<usize> {
-            let mut missing = Vec::new();
-            for image in images_of(part, request) {
-                match out.written(image, &request.about(about, image)) {
-                    Some(picture) => pictures.push(picture),
-                    None => missing.push(image),
-                }
-                // All are looked for, though the grid has no room for all.
-                pictures.truncate(most_of_grid(&pictures));
+/// An image that is not there, by its number; of a file of something else, how that differs.
+type Lacking = (usize, Option<String>);
+
+impl Parts<'_> {
+    /// The pictures of all parts that the grid is made of, for the process that makes it; this one has `made` some.
+    fn gathered(
+        self,
+        mut made: BTreeMap<usize, Picture>,
+        common: &Value,
+        ranks: &mut Ranks,
+    ) -> anyhow::Result<Option<Vec<Picture>>> {
+        let Self { request, part, out, .. } = self;
+        let lacks = |number: usize| Some((number, out.has(number, &request.about(common, number)).err()?));
+        let mut lacking = |part: Part| -> Vec<Lacking> { images_of(part, request).filter_map(lacks).collect() };
+        if part.of > 1 && !self.ends(ranks, &mut lacking)? {
+            return Ok(None);
+        }
+        let mut pictures: Vec<Picture> = Vec::new();
+        for number in 0..request.seeds.len() {
+            if pictures.first().is_some_and(|first| number >= most_of_grid(first)) {
+                break;
             }
-            missing
-        };
-        let ends = self.ends(ranks, &mut lacking)?;
-        Ok(ends.then_some(pictures))
+            pictures.push(made.remove(&number).map_or_else(|| out.picture(number), Ok)?);
+        }
+        Ok(Some(pictures))
     }
 
     /// The file of all latents, for the process that makes it.
-    fn joined(self, ranks: &mut Ranks) -> anyhow::Result<Option<PathBuf>> {
-        let Self { request, about, part, out, .. } = self;
+    fn joined(self, about: &Value, ranks: &mut Ranks) -> anyhow::Result<Option<PathBuf>> {
+        let Self { request, part, out, .. } = self;
         let mut files = Vec::new();
         // A part that ended at the same moment may have joined them, this one's too; else the file is an older one.
         let is_joined = || {
-            let Some(all) = out.latents(Part::WHOLE, 0..request.seeds.len(), about) else { return false };
+            let Ok(all) = out.latents(Part::WHOLE, 0..request.seeds.len(), about) else { return false };
             let own = images_of(part, request);
-            out.latents(part, own.clone(), about).is_none_or(|file| out.holds(&all, own, &file).unwrap_or(false))
+            out.latents(part, own.clone(), about).map_or(true, |file| out.holds(&all, own, &file).unwrap_or(false))
         };
-        let mut lacking = |part: Part| -> Vec<usize> {
+        let mut lacking = |part: Part| -> Vec<Lacking> {
             let own = images_of(part, request);
             match out.latents(part, own.clone(), about) {
-                Some(file) => {
-                    files.push(file);
-                    Vec::new()
-                }
-                None if is_joined() => Vec::new(),
-                None => own.collect(),
+                Ok(file) => files.push(file),
+                Err(_) if is_joined() => {}
+                Err(why) => return own.map(|number| (number, why.clone())).collect(),
             }
+            Vec::new()
         };
         let ends = self.ends(ranks, &mut lacking)?;
         Ok(if ends { Some(out.join_latents(files, about)?) } else { None })
     }
 
     /// Whether this process finds all parts there, and so is to make of them what one process would make. That is rank
-    /// 0, or whichever part finds that no part is `lacking` images or made them of something else. Otherwise it prints
-    /// which parts are missing.
-    fn ends(self, ranks: &mut Ranks, lacking: &mut dyn FnMut(Part) -> Vec<usize>) -> anyhow::Result<bool> {
-        let Self { request, part, given, args, out, .. } = self;
+    /// 0, or whichever part finds that no part is `lacking` images. Otherwise it prints which parts are missing.
+    fn ends(self, ranks: &mut Ranks, lacking: &mut dyn FnMut(Part) -> Vec<Lacking>) -> anyhow::Result<bool> {
+        let Self { request, part, args, out: _ } = self;
         ranks.met().barrier()?;
         if !ranks.first() {
             return Ok(false);
         }
-        // What a part left is of other files, under the same names; of one that left nothing, its images alone are known.
-        let own = given.to_string();
-        let differs = |noted: String| Some(differing_texts(&own, &noted)).filter(|differs| !differs.is_empty());
-        let other = |part: Part| out.noted(part).filter(|_| args.part.is_some()).and_then(differs);
-        let mut lacking = |part: Part| match other(part) {
-            Some(_) => images_of(part, request).collect(),
-            None => lacking(part),
-        };
-        let of = |number| lacking(Part { number, ..part }).into_iter().map(move |image| (number, request.seeds[image]));
-        let missing: Vec<(usize, u64)> = (0..part.of).flat_map(of).collect();
-        let Some(&(first, seed)) = missing.first() else {
-            out.forget();
-            return Ok(true);
-        };
-        let (dir, count) = (args.outdir.display(), missing.len());
+        let parts = (0..part.of).map(|number| Part { number, ..part });
+        let lacking: Vec<(Part, Vec<Lacking>)> =
+            parts.map(|part| (part, lacking(part))).filter(|(_, images)| !images.is_empty()).collect();
+        let Some((first, images)) = lacking.first() else { return Ok(true) };
+        let (dir, count) = (args.outdir.display(), lacking.iter().map(|(_, images)| images.len()).sum::<usize>());
         ensure!(
             ranks.size() == 1,
-            "{dir}: {count} images are missing, the first of seed {seed}, which rank {first} made: do all ranks see this directory?"
+            "{dir}: {count} images are missing, the first of seed {}, which rank {} made: do all ranks see this directory?",
+            request.seeds[images[0].0],
+            first.number
         );
-        let mut parts: Vec<_> = missing.iter().map(|&(number, _)| Part { number, ..part }).collect();
-        parts.dedup();
-        let named = |part: &Part| match other(*part) {
-            Some(differs) => format!("{part} (of something else: {differs})"),
-            None => part.to_string(),
-        };
-        let parts: Vec<_> = parts.iter().map(named).collect();
-        let made = images_of(part, request).len();
+        let named =
+            lacking.iter().map(|(part, images)| match images.iter().find_map(|(_, differs)| differs.as_ref()) {
+                Some(differs) => format!("{part} (of something else: {differs})"),
+                None => part.to_string(),
+            });
         out!(
-            "{made} images of {}: {dir}. {count} are still missing, of part {}",
+            "{} images of {}: {dir}. {count} are still missing, of part {}",
+            images_of(part, request).len(),
             request.seeds.len(),
-            parts.join(", ")
+            named.collect::<Vec<_>>().join(", ")
         );
         Ok(false)
     }

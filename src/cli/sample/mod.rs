@@ -1,6 +1,5 @@
 //! `edm2k sample`: images from conditions.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
@@ -9,10 +8,9 @@ use serde_json::{Value, json};
 use edm2k::collective::{Part, agree_on};
 use edm2k::condition::Conditioning;
 use edm2k::condition::classes::Classes;
-use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::memory;
 use edm2k::model::ModelFile;
-use edm2k::pipeline::{Kept, OutDir, Pipeline, Request};
+use edm2k::pipeline::{Condition, Kept, OutDir, Pipeline, Request};
 use edm2k::sample::presets::{SamplingPreset, preset};
 use edm2k::sample::{Churn, SamplerConfig, Solver, parse_seeds};
 
@@ -267,8 +265,6 @@ struct Resolved {
     kept: Kept,
     /// This process's part of all images.
     part: Part,
-    /// What the other parts must have been given too, and who goes on with this one; null if nobody asks.
-    given: Value,
 }
 
 /// Samples the images, alone or with the ranks that a launcher started, showing progress on stderr and what was written on
@@ -276,27 +272,16 @@ struct Resolved {
 pub fn run(args: SampleArgs) -> anyhow::Result<()> {
     ranks::together("sample", |ranks| {
         let resolved = resolve(&args, ranks)?;
-        let Resolved { pipeline, request, kept, part, given, .. } = &resolved;
+        let Resolved { pipeline, request, kept, part } = &resolved;
         let mut out = OutDir::open(&args.outdir, args.overwrite, &request.seeds, *part).context("--outdir")?;
-        let (own, common) = (images_of(*part, request), pipeline.parameters(request));
-        let goes_on = Some(given).filter(|_| many(*kept, *part, request));
-        out.claim(own, *kept, |number| request.about(&common, number), goes_on).context("--outdir")?;
+        let common = pipeline.parameters(request);
+        let about = |number| request.about(&common, number);
+        out.claim(images_of(*part, request), *kept, about).context("--outdir")?;
         if ranks.first() {
             out.warning().iter().for_each(|warning| note!("warning: {warning}"));
         }
-        // Ranks have agreed already.
-        if args.part.is_some() && part.of > 1 {
-            out.note(given).context("--outdir")?;
-        }
-        draw(resolved, &args, &out, ranks)?;
-        out.finish();
-        Ok(())
+        draw(resolved, &args, &out, ranks)
     })
-}
-
-/// Whether a part is more than a batch of pictures, so that there may be some to go on with after an interruption.
-fn many(kept: Kept, part: Part, request: &Request) -> bool {
-    kept != Kept::Latents && images_of(part, request).len() > request.batch
 }
 
 /// Opens what the arguments name, and checks it all before anything is computed.
@@ -389,12 +374,7 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         warn(&mut pipeline, ranks, "--from ");
     }
     let part = ranks.part(args.part)?;
-    let needed = part.of > 1 || many(kept, part, &request);
-    let given = if needed { given(args, &pipeline, &request)? } else { Value::Null };
-    let mut asked = given.clone();
-    // Parts may see it by another name.
-    asked["outdir"] = args.outdir.display().to_string().into();
-    agree_on(ranks.met(), &asked)?;
+    agree_on(ranks.met(), &given(args, &pipeline, &request))?;
     if kept == Kept::Latents {
         let [height, width] = pipeline.size(&request);
         let steps = if args.save_steps { request.sampler.taken() } else { 0 } as u128;
@@ -405,7 +385,7 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         let needed = (2 * own).max(all) as u128 * 4 * values * (1 + steps);
         memory::check(format!("keeping {all} latents of {width}x{height}"), needed)?;
     }
-    Ok(Resolved { pipeline, request, kept, part, given })
+    Ok(Resolved { pipeline, request, kept, part })
 }
 
 /// Whether the condition model is asked for anything. A model of features has it invent what has given tags.
@@ -417,23 +397,20 @@ fn invents(args: &SampleArgs, pipeline: &Pipeline) -> bool {
         || tags && matches!(pipeline.meta().conditioning, Conditioning::Features { .. })
 }
 
-/// All that the images depend on, which all parts must have been given alike.
-fn given(args: &SampleArgs, pipeline: &Pipeline, request: &Request) -> anyhow::Result<Value> {
-    let bytes = |values| bytemuck::cast_slice::<f32, u8>(values);
-    let values = request.conditions.iter().flat_map(|condition| [&condition.values, &condition.away]);
+/// What all ranks must have been given alike.
+fn given(args: &SampleArgs, pipeline: &Pipeline, request: &Request) -> Value {
     let origins: Vec<_> = request.conditions.iter().map(|condition| &condition.origin).collect();
-    Ok(json!({
-        "files": pipeline.files()?.into_iter().collect::<BTreeMap<_, _>>(),
-        "from": request.from.as_ref().map(|from| Fingerprint::of([bytes(&from.values)])),
+    json!({
+        "files": pipeline.files(),
+        "outdir": args.outdir,
         "parameters": pipeline.parameters(request),
         "seeds": request.seeds,
         "per_condition": request.per_condition,
         "batch": request.batch,
         "save_steps": args.save_steps,
         "conditions": origins,
-        "values of the conditions": Fingerprint::of(values.map(|values| bytes(values))),
-        "numbers": pipeline.device().numbers(),
-    }))
+        "values of the conditions": request.conditions.iter().map(Condition::fingerprint).collect::<Vec<_>>(),
+    })
 }
 
 /// One rank speaks for all, which were given the same.
