@@ -328,6 +328,9 @@ fn read_config(path: &Path, data: &Dataset) -> anyhow::Result<Config> {
     ensure!(found == channels, "img_channels = {found}, but the dataset's images have {channels}");
     let found = config.label_dim;
     ensure!(found == dim || found == 0, "label_dim = {found}, but the dataset's conditions have {dim}");
+    if found != dim {
+        note!("label_dim = 0: the network takes no conditions, though the dataset has some");
+    }
     Ok(config)
 }
 
@@ -434,6 +437,9 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     Ok(Resolved { settings, execution, model, notes })
 }
 
+/// How many parameters that start afresh are named.
+const FRESH: usize = 8;
+
 /// The model that the run begins with: a fresh one, or `init` fitted to the dataset.
 fn model(
     args: &TrainArgs,
@@ -449,8 +455,12 @@ fn model(
             notes.extend(other_meaning(args, &old, data));
             let (model, fresh) = old.adapt(config, args.seed)?;
             ensure!(fresh.len() < model.table.len(), "no parameter of --init fits the network");
-            for p in fresh {
-                let found = p.found.map_or("missing".to_owned(), |shape| format!("{shape:?}"));
+            if fresh.len() > FRESH {
+                let (fresh, all) = (fresh.len(), model.table.len());
+                notes.push(format!("warning: {fresh} of {all} parameters start afresh: --init is another network"));
+            }
+            for p in fresh.iter().take(FRESH) {
+                let found = p.found.as_ref().map_or("missing".to_owned(), |shape| format!("{shape:?}"));
                 notes.push(format!("{} starts afresh: {found} in --init, {:?} here", p.name, p.expected));
             }
             model

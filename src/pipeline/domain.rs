@@ -134,17 +134,17 @@ impl Domain {
             let (name, other) = names();
             all.push(Mismatch::Channels { name, other, found, expected });
         }
-        let ((name_, other_), found, expected) = (names(), self.width, other.width);
-        match (found, expected) {
-            (0, 0) => {}
-            (0, _) => all.push(Mismatch::NoConditions { name: name_, other: other_ }),
-            (_, 0) => all.push(Mismatch::Unconditional { name: name_, other: other_ }),
-            _ => {
-                if found != expected {
-                    all.push(Mismatch::Width { name: name_, other: other_, found, expected });
-                }
-                all.extend(self.meaning.check(&name, &other.meaning, &other_name).err().map(Mismatch::Meaning));
-            }
+        let (found, expected) = (self.width, other.width);
+        if found != expected {
+            let (name, other) = names();
+            all.push(match (found, expected) {
+                (0, _) => Mismatch::NoConditions { name, other },
+                (_, 0) => Mismatch::Unconditional { name, other },
+                _ => Mismatch::Width { name, other, found, expected },
+            });
+        }
+        if known(found, expected) {
+            all.extend(self.meaning.check(&name, &other.meaning, &other_name).err().map(Mismatch::Meaning));
         }
         if let (Some(found), Some(expected)) = (&self.autoencoder, &other.autoencoder)
             && found != expected

@@ -24,8 +24,8 @@ use crate::pictures::{Picture, PictureError, decode};
 pub enum OutputError {
     #[error("{0}")]
     Lock(#[from] LockError),
-    #[error("{} exists", path.display())]
-    Exists { path: PathBuf },
+    #[error("{} exists{}", path.display(), differs.as_ref().map_or(String::new(), |what| format!(", of something else: {what}")))]
+    Exists { path: PathBuf, differs: Option<String> },
     #[error("{} is a directory, expected a picture or nothing there; remove it, or take another directory", path.display())]
     Directory { path: PathBuf },
     #[error("{}: somebody else has made it meanwhile", path.display())]
@@ -109,7 +109,10 @@ impl OutDir {
             if self.overwrite || path.symlink_metadata().is_err() {
                 return Ok(false);
             }
-            if about.is_some_and(|about| says(&path, &about)) { Ok(true) } else { Err(OutputError::Exists { path }) }
+            match about.map(|about| compared(&path, &about)) {
+                Some(Ok(())) => Ok(true),
+                differs => Err(OutputError::Exists { path, differs: differs.and_then(Result::err).flatten() }),
+            }
         };
         if kept == Kept::Latents {
             return [LATENTS.into(), latents_name(self.part)]
@@ -171,11 +174,7 @@ impl OutDir {
     /// # Panics
     /// If there is no such image.
     pub fn has(&self, number: usize, about: &Value) -> Result<(), Option<String>> {
-        let path = self.dir.join(picture_name(&self.names[number]));
-        if says(&path, about) {
-            return Ok(());
-        }
-        Err(parameters(&path).map(|theirs| differing_texts(&about.to_string(), &theirs)))
+        compared(&self.dir.join(picture_name(&self.names[number])), about)
     }
 
     /// The picture of an image that is there.
@@ -334,9 +333,19 @@ fn parameters(path: &Path) -> Option<String> {
     text("edm2k").filter(|_| text("Software").as_deref() == Some(SOFTWARE))
 }
 
-/// Whether a PNG carries these parameters, and is whole.
+/// Whether a PNG carries these parameters, and is whole; else how they differ, if that is known.
+fn compared(path: &Path, about: &Value) -> Result<(), Option<String>> {
+    let (ours, theirs) = (about.to_string(), parameters(path).ok_or(None)?);
+    match theirs == ours {
+        true if png::is_whole(path) => Ok(()),
+        true => Err(None),
+        false => Err(Some(differing_texts(&ours, &theirs))),
+    }
+}
+
+/// The same in one word.
 fn says(path: &Path, about: &Value) -> bool {
-    parameters(path).is_some_and(|text| text == about.to_string()) && png::is_whole(path)
+    compared(path, about).is_ok()
 }
 
 const LATENTS: &str = "latents.safetensors";

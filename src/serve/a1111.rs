@@ -100,7 +100,9 @@ fn chosen(app: &Server, name: Option<&str>) -> Result<(usize, Arc<Offer>), Refus
     let place = match name.filter(|name| !name.is_empty()) {
         None => app.chosen.load(Ordering::Relaxed),
         Some(name) => {
-            let found = app.offers.iter().position(|offer| offer.name == name);
+            // Some send the name of its file.
+            let is = |offer: &Arc<Offer>| offer.name == name || offer.path.file_name().is_some_and(|file| file == name);
+            let found = app.offers.iter().position(is);
             found.ok_or_else(|| Refusal::NotFound(format!("model {name:?}")))?
         }
     };

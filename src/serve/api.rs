@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::queue::{Job, JobView, Stage};
-use super::request::{CheckedRequest, MAX_AREA, MAX_IMAGES, MAX_WORK, Offer, Refusal, RequestBody, Tags, named};
+use super::request::{CheckedRequest, MAX_AREA, MAX_IMAGES, MAX_WORK, Offer, Refusal, RequestBody, Tags, object};
 use super::runs::{Run, Stats};
 use super::{Runs, Server};
 use crate::condition::vocabulary::Tag;
@@ -92,13 +92,11 @@ impl<T: DeserializeOwned, S: Send + Sync, const MAX: usize> FromRequest<S> for I
         }
         let body = tokio::time::timeout(Duration::from_secs(BODY_SECONDS), read(body, MAX));
         let body = body.await.map_err(|_| Refusal::Slow(BODY_SECONDS))??;
-        let invalid = |error: serde_json::Error| Refusal::Invalid(error.to_string());
-        let Value::Object(mut fields) = serde_json::from_slice(&body).map_err(invalid)? else {
-            // A list would be read as the fields in their order.
-            return Err(Refusal::Invalid("the body is no object".into()));
-        };
-        fields.retain(|_, value| !value.is_null());
-        named(Value::Object(fields)).map(Self).map_err(Refusal::Invalid)
+        let text = std::str::from_utf8(&body).map_err(|_| Refusal::Invalid("the body is no text in UTF-8".into()))?;
+        object(text).map(Self).map_err(|why| match why.as_str() {
+            "no object" => Refusal::Invalid("the body is no object".into()),
+            _ => Refusal::Invalid(why),
+        })
     }
 }
 

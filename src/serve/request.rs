@@ -1,6 +1,7 @@
 //! Requests, which are checked before they wait. Once it is taken, a request can fail only because of the device or the
 //! disk.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -10,7 +11,8 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
 
 use crate::condition::classes::{ANY, Classes};
 use crate::condition::tagger::Tagger;
@@ -27,6 +29,8 @@ pub const MAX_AREA: usize = 4;
 /// Most steps of a job, counted over all its pictures. A step counts in proportion to the picture's area: as 1 for the
 /// area that the model learned from.
 pub const MAX_WORK: usize = 4096;
+/// Longest settings of a sampler.
+const MAX_SETTINGS: usize = 1 << 12;
 /// Longest text of tags.
 const MAX_TEXT: usize = 1 << 14;
 /// Most pixels of an uploaded picture, as it may be decoded beside others.
@@ -205,7 +209,7 @@ pub struct RequestBody {
 
 /// The settings of a sampler.
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(try_from = "Value")]
+#[serde(try_from = "Box<RawValue>")]
 pub struct SamplerBody {
     /// What is left out has its default.
     pub config: SamplerConfig,
@@ -213,16 +217,21 @@ pub struct SamplerBody {
     pub says_guidance: bool,
 }
 
-impl TryFrom<Value> for SamplerBody {
+impl TryFrom<Box<RawValue>> for SamplerBody {
     type Error = String;
 
-    fn try_from(value: Value) -> Result<Self, Self::Error> {
-        let Value::Object(mut fields) = value else {
-            return Err("no object".into());
-        };
-        fields.retain(|_, value| !value.is_null());
+    fn try_from(json: Box<RawValue>) -> Result<Self, Self::Error> {
+        if json.get().len() > MAX_SETTINGS {
+            return Err(format!("more than {MAX_SETTINGS} bytes"));
+        }
+        let mut fields: Map<String, Value> = object(json.get())?;
+        match fields.get_mut("churn") {
+            Some(Value::Object(churn)) => churn.retain(|_, value| !value.is_null()),
+            Some(_) => return Err("churn: no object".into()),
+            None => {}
+        }
         let says_guidance = fields.contains_key("guidance");
-        Ok(Self { config: named(Value::Object(fields))?, says_guidance })
+        Ok(Self { config: object(&Value::Object(fields).to_string())?, says_guidance })
     }
 }
 
@@ -255,11 +264,25 @@ pub struct CheckedRequest {
     pub sampler: SamplerConfig,
 }
 
-/// A value of that type; else what is wrong with which field.
-pub fn named<T: DeserializeOwned>(value: Value) -> Result<T, String> {
-    serde_path_to_error::deserialize(value).map_err(|error| match error.path().iter().next() {
-        Some(_) => error.to_string(),
-        None => error.inner().to_string(),
+/// An object of that type; else what is wrong with which field. Clients write null for what they leave out.
+pub fn object<T: DeserializeOwned>(json: &str) -> Result<T, String> {
+    // A list would be read as the fields in their order.
+    if !json.trim_start().starts_with('{') {
+        return Err("no object".into());
+    }
+    // Values are not looked into before it is known what they are to be.
+    let fields: BTreeMap<String, &RawValue> = serde_json::from_str(json).map_err(|error| error.to_string())?;
+    let said: BTreeMap<_, _> = fields.into_iter().filter(|(_, value)| value.get() != "null").collect();
+    let said = serde_json::to_string(&said).map_err(|error| error.to_string())?;
+    serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(&said)).map_err(|error| {
+        let (inner, path) = (error.inner().to_string(), error.path());
+        // Where it is in that text is nobody's business.
+        let inner = inner.split(" at line ").next().unwrap_or_default();
+        // That of an unknown field is the field.
+        match path.iter().next() {
+            Some(_) if !inner.starts_with("unknown field") => format!("{path}: {inner}"),
+            _ => inner.to_owned(),
+        }
     })
 }
 

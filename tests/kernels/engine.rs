@@ -251,7 +251,7 @@ fn fifty_steps_lose_as_on_the_cpu() {
 #[test]
 fn every_loop_trains_as_the_cpu_does() {
     let Some(runtime) = testbed::runtime() else { return };
-    let (data, batch, steps) = (emoji(), 1, 4);
+    let (data, batch, steps) = (emoji(), 2, 2);
     let json = serde_json::json!({
         "img_resolution": 32, "img_channels": 3, "label_dim": data.condition_dim(), "model_channels": 64,
         "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "channels_per_head": 64,

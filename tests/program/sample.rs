@@ -580,21 +580,25 @@ fn what_is_there_is_not_made_again_and_the_rest_is_the_same() {
     let all = "7 of 7 images are there\n7 images of 16x16 were there: a/grid.png\n";
     go_on("a", all);
 
-    let exists = "--outdir: a/000000.png exists; give --overwrite";
-    bench.fails(&format!("--outdir a {arguments} --guidance 3"), exists);
-    bench.fails(&format!("--outdir a {arguments} --precision f32"), exists);
+    let exists = "--outdir: a/000000.png exists";
+    let other = |what: &str| format!("{exists}, of something else: {what}");
+    bench.fails(
+        &format!("--outdir a {arguments} --guidance 3"),
+        &other("sampler.guidance is 5.0 there, 3.0 here; give --overwrite, or another --outdir"),
+    );
+    bench.fails(&format!("--outdir a {arguments} --precision f32"), &other("numbers is bf16 there, f32 here"));
     let whole = fs::read(bench.path("a/000000.png")).unwrap();
     fs::write(bench.path("a/000000.png"), &whole[..whole.len() - 1]).unwrap();
     bench.fails(&format!("--outdir a {arguments}"), exists);
     fs::write(bench.path("a/000000.png"), whole).unwrap();
     // Another model of the same name.
-    let (mut other, _) = tiny();
-    other.meta.vocabulary = Model::load(bench.path("m.safetensors")).unwrap().meta.vocabulary;
-    other.weights.iter_mut().flatten().for_each(|w| *w *= 1.5);
+    let (mut second, _) = tiny();
+    second.meta.vocabulary = Model::load(bench.path("m.safetensors")).unwrap().meta.vocabulary;
+    second.weights.iter_mut().flatten().for_each(|w| *w *= 1.5);
     let before = fs::read(bench.path("m.safetensors")).unwrap();
-    save(bench.path("m.safetensors"), &other.net.config, &other.meta, &other.table, &other.weights, Stored::F32)
+    save(bench.path("m.safetensors"), &second.net.config, &second.meta, &second.table, &second.weights, Stored::F32)
         .unwrap();
-    bench.fails(&format!("--outdir a {arguments}"), exists);
+    bench.fails(&format!("--outdir a {arguments}"), &other("hashes.model is "));
     fs::write(bench.path("m.safetensors"), before).unwrap();
     go_on("a", all);
 }
@@ -644,7 +648,10 @@ fn pictures_carry_their_parameters_and_are_never_overwritten_unasked() {
     assert_eq!(infotext("away/000000.png"), Some(expected));
 
     let before = fs::read(bench.path("out/000003.png")).unwrap();
-    bench.fails(&arguments.replace("--guidance 2", "--guidance 3"), "exists; give --overwrite");
+    bench.fails(
+        &arguments.replace("--guidance 2", "--guidance 3"),
+        "exists, of something else: sampler.guidance is 2.0 there, 3.0 here; give --overwrite",
+    );
     bench.sample(&format!("{arguments} --overwrite --batch 1")).failure(); // --batch twice
     bench.sample(&arguments.replace("--batch 3", "--batch 1 --overwrite")).success();
     assert!(before == fs::read(bench.path("out/000003.png")).unwrap(), "the batch size changed the file");

@@ -238,7 +238,12 @@ fn seeds_can_be_added_later_or_at_the_same_time() {
         assert!(output.status.success(), "{}", said(&output));
     }
     let other = place.command(&format!("{sample} 7-8").replace("--steps 2", "--steps 3")).output().unwrap();
-    assert!(said(&other).contains("000007.png exists; give --overwrite"), "{}", said(&other));
+    assert!(
+        said(&other)
+            .contains("000007.png exists, of something else: sampler.steps is 2 there, 3 here; give --overwrite"),
+        "{}",
+        said(&other)
+    );
     assert_eq!(
         names(&dir.join("out")).iter().filter(|name| name.starts_with("grid")).collect::<Vec<_>>(),
         ["grid-2.png", "grid.png"]

@@ -124,7 +124,12 @@ fn show_state(state: &State) {
     }
     let widths: Vec<String> = ema.iter().map(ToString::to_string).collect();
     out!("averages       {}", if widths.is_empty() { "none".into() } else { widths.join(", ") });
-    out!("learning rate  {} ({:?}), {} at this moment", s.lr, s.schedule, s.learning_rate().at(done));
+    out!(
+        "learning rate  {} ({}), {} at this moment",
+        s.lr,
+        json!(s.schedule).as_str().unwrap_or_default(),
+        s.learning_rate().at(done)
+    );
     let [height, width, channels] = data.shape;
     let sizes = if data.sizes.is_empty() { String::new() } else { format!("{} sizes, most ", data.sizes.len()) };
     out!("image          {sizes}{width} x {height} (width x height), {channels} channels");
