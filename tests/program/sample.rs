@@ -778,6 +778,13 @@ fn conditions_come_from_files_and_datasets() {
     bench.sample("--outdir b --conditions c.npy").success();
     bench.sample("--outdir t --tags cat --tags dog --tags heart").success();
     assert_eq!(bench.about("a/000002.png")["condition"], json!({"file": "c.safetensors", "row": 2}));
+    // Rows of another file of the same name.
+    let turned: Vec<u8> = values.chunks(4).rev().flatten().copied().collect();
+    let before = fs::read(bench.path("c.npy")).unwrap();
+    fs::write(bench.path("c.npy"), npy_file("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 5), }", &turned))
+        .unwrap();
+    bench.fails("--outdir b --conditions c.npy", "000000.png exists, of something else: hashes.condition is ");
+    fs::write(bench.path("c.npy"), before).unwrap();
     let pixels = |name: &str| image::open(bench.path(name)).unwrap();
     for image in ["000000.png", "000001.png", "000002.png"] {
         assert!(pixels(&format!("a/{image}")) == pixels(&format!("b/{image}")));

@@ -164,8 +164,8 @@ pub struct SampleArgs {
     /// Network to guide away from (autoguidance) [default: the model without its condition]
     #[arg(long, value_name = "FILE", help_heading = "Sampler")]
     gnet: Option<PathBuf>,
-    /// Solver, steps and guidance that EDM2's authors used, unless they are given too, such as edm2-img512-s-autog-fid; says
-    /// which files they are for
+    /// Solver, steps and guidance that EDM2's authors used, unless they are given too: edm2-img512-s-fid, also xs, m, l, xl, xxl,
+    /// img64, guid-fid, autog-fid, uncond-autog-fid, and dino for fid; says which files they are for
     #[arg(long, value_name = "NAME", value_parser = preset, help_heading = "Sampler")]
     preset: Option<SamplingPreset>,
     #[command(flatten)]

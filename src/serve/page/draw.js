@@ -441,7 +441,8 @@ async function keep(picture, { turn, model, factor }) {
 function open(picture) {
   shown = picture;
   const { parameters, seed, src } = picture;
-  const { sampler, condition, model, ...others } = parameters;
+  // Fingerprints are for programs.
+  const { sampler, condition, model, hashes: _, ...others } = parameters;
   const known = Object.entries({ seed, model, ...condition, ...others, ...sampler }).filter(([, value]) => value !== null);
   const rows = known.flatMap(([key, value]) => {
     const text = typeof value === "object" ? JSON.stringify(value) : String(value);
