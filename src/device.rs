@@ -202,6 +202,13 @@ impl Device {
         }
     }
 
+    /// What decides how its sums round, on one kind of card: [`Device::numbers`], and which tiles `edm2k tune` has chosen.
+    pub fn rounding(&self) -> String {
+        let tuned = self.runtime.as_ref().and_then(|gpu| gpu.tuned());
+        let tuned = tuned.map_or(String::new(), |tuned| format!(", tuned {}", tuning::fingerprint(&tuned)));
+        format!("{}{tuned}", self.numbers())
+    }
+
     /// What runs kernels; `None` for the CPU, which computes without them.
     #[doc(hidden)]
     pub fn runtime(&self) -> Option<&Rc<dyn Runtime>> {
@@ -247,10 +254,7 @@ impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.runtime {
             None => write!(f, "the CPU, {}", self.numbers()),
-            Some(gpu) => {
-                write!(f, "{}, {}", gpu.name(), self.numbers())?;
-                gpu.tuned().map_or(Ok(()), |tuned| write!(f, ", tuned {}", tuning::fingerprint(&tuned)))
-            }
+            Some(gpu) => write!(f, "{}, {}", gpu.name(), self.rounding()),
         }
     }
 }

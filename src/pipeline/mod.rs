@@ -391,7 +391,7 @@ impl Pipeline {
         if let Some(from) = &request.from {
             hashes.insert("from", Some(Fingerprint::of([bytemuck::cast_slice::<f32, u8>(&from.values)])));
         }
-        (all["numbers"], all["hashes"]) = (self.device.numbers().into(), json!(hashes));
+        (all["numbers"], all["hashes"]) = (self.device.rounding().into(), json!(hashes));
         all
     }
 }

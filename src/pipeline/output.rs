@@ -326,20 +326,16 @@ impl OutDir {
     }
 }
 
-/// The parameters that a PNG of this version carries.
-fn parameters(path: &Path) -> Option<String> {
-    let texts = png::read_text(path).ok()?;
-    let text = |key: &str| texts.iter().find(|(name, _)| name == key).map(|(_, text)| text.clone());
-    text("edm2k").filter(|_| text("Software").as_deref() == Some(SOFTWARE))
-}
-
-/// Whether a PNG carries these parameters, and is whole; else how they differ, if that is known.
+/// Whether a PNG carries these parameters, and is whole; else how it differs, if that is known.
 fn compared(path: &Path, about: &Value) -> Result<(), Option<String>> {
-    let (ours, theirs) = (about.to_string(), parameters(path).ok_or(None)?);
-    match theirs == ours {
+    let texts = png::read_text(path).map_err(|_| None)?;
+    let text = |key: &str| texts.iter().find(|(name, _)| name == key).map(|(_, text)| text);
+    let (ours, theirs, software) = (about.to_string(), text("edm2k").ok_or(None)?, text("Software").ok_or(None)?);
+    match *theirs == ours {
+        _ if software != SOFTWARE => Err(Some(format!("made by {software}"))),
+        false => Err(Some(differing_texts(&ours, theirs))),
         true if png::is_whole(path) => Ok(()),
-        true => Err(None),
-        false => Err(Some(differing_texts(&ours, &theirs))),
+        true => Err(Some("its end is missing".into())),
     }
 }
 

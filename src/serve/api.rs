@@ -93,10 +93,7 @@ impl<T: DeserializeOwned, S: Send + Sync, const MAX: usize> FromRequest<S> for I
         let body = tokio::time::timeout(Duration::from_secs(BODY_SECONDS), read(body, MAX));
         let body = body.await.map_err(|_| Refusal::Slow(BODY_SECONDS))??;
         let text = std::str::from_utf8(&body).map_err(|_| Refusal::Invalid("the body is no text in UTF-8".into()))?;
-        object(text).map(Self).map_err(|why| match why.as_str() {
-            "no object" => Refusal::Invalid("the body is no object".into()),
-            _ => Refusal::Invalid(why),
-        })
+        object(text).map(Self).map_err(Refusal::Invalid)
     }
 }
 

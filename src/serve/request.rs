@@ -2,6 +2,7 @@
 //! disk.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -9,8 +10,8 @@ use axum::body::Bytes;
 use axum::http::StatusCode;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Error, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
@@ -29,6 +30,8 @@ pub const MAX_AREA: usize = 4;
 /// Most steps of a job, counted over all its pictures. A step counts in proportion to the picture's area: as 1 for the
 /// area that the model learned from.
 pub const MAX_WORK: usize = 4096;
+/// Most fields of an object. Some clients of A1111's API send a hundred.
+const MAX_FIELDS: usize = 256;
 /// Longest settings of a sampler.
 const MAX_SETTINGS: usize = 1 << 12;
 /// Longest text of tags.
@@ -227,7 +230,7 @@ impl TryFrom<Box<RawValue>> for SamplerBody {
         let mut fields: Map<String, Value> = object(json.get())?;
         match fields.get_mut("churn") {
             Some(Value::Object(churn)) => churn.retain(|_, value| !value.is_null()),
-            Some(_) => return Err("churn: no object".into()),
+            Some(_) => return Err("churn: expected an object".into()),
             None => {}
         }
         let says_guidance = fields.contains_key("guidance");
@@ -264,20 +267,49 @@ pub struct CheckedRequest {
     pub sampler: SamplerConfig,
 }
 
-/// An object of that type; else what is wrong with which field. Clients write null for what they leave out.
-pub fn object<T: DeserializeOwned>(json: &str) -> Result<T, String> {
-    // A list would be read as the fields in their order.
-    if !json.trim_start().starts_with('{') {
-        return Err("no object".into());
+/// The fields of an object as they are written, without those that are null: what clients leave out.
+#[derive(Serialize)]
+struct Fields(BTreeMap<String, Box<RawValue>>);
+
+impl<'de> Deserialize<'de> for Fields {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Self(BTreeMap::new()))
     }
-    // Values are not looked into before it is known what they are to be.
-    let fields: BTreeMap<String, &RawValue> = serde_json::from_str(json).map_err(|error| error.to_string())?;
-    let said: BTreeMap<_, _> = fields.into_iter().filter(|(_, value)| value.get() != "null").collect();
-    let said = serde_json::to_string(&said).map_err(|error| error.to_string())?;
+}
+
+impl<'de> Visitor<'de> for Fields {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Self, A::Error> {
+        while let Some((field, value)) = map.next_entry::<String, Box<RawValue>>()? {
+            let known = self.0.contains_key(&field);
+            if known || self.0.len() == MAX_FIELDS {
+                return Err(A::Error::custom(if known {
+                    format!("duplicate field `{field}`")
+                } else {
+                    "too many fields".into()
+                }));
+            }
+            if value.get() != "null" {
+                self.0.insert(field, value);
+            }
+        }
+        Ok(self)
+    }
+}
+
+/// An object of that type; else what is wrong with which field.
+pub fn object<T: DeserializeOwned>(json: &str) -> Result<T, String> {
+    let fields: Fields = serde_json::from_str(json).map_err(|error| error.to_string())?;
+    let said = serde_json::to_string(&fields).map_err(|error| error.to_string())?;
     serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(&said)).map_err(|error| {
         let (inner, path) = (error.inner().to_string(), error.path());
         // Where it is in that text is nobody's business.
-        let inner = inner.split(" at line ").next().unwrap_or_default();
+        let inner = inner.rsplit_once(" at line ").map_or(&inner[..], |(what, _)| what);
         // That of an unknown field is the field.
         match path.iter().next() {
             Some(_) if !inner.starts_with("unknown field") => format!("{path}: {inner}"),

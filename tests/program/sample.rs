@@ -577,7 +577,7 @@ fn what_is_there_is_not_made_again_and_the_rest_is_the_same() {
     fs::remove_file(bench.path("a/000005-steps.png")).unwrap();
     go_on("a", "3 of 7 images are there\n");
     fs::remove_file(bench.path("a/grid.png")).unwrap();
-    let all = "7 of 7 images are there\n7 images of 16x16 were there: a/grid.png\n";
+    let all = "7 of 7 images are there\n7 images of 16x16 are there: a/grid.png\n";
     go_on("a", all);
 
     let exists = "--outdir: a/000000.png exists";

@@ -221,7 +221,7 @@ fn class_conditional_models_draw_as_edm2k_sample_does() {
         (json!({"classes": ["goldfisch"]}), r#"unknown class "goldfisch", did you mean "goldfish"?"#),
         (json!({"classes": ["x".repeat(10_000)]}), "unknown class"),
         (json!({"classes": ["x".repeat(20_000)]}), "20000 bytes of tags, expected 16384 at most"),
-        (json!({"sampler": ["euler", 3, 0.002, 80, 7, 9]}), "sampler: no object"),
+        (json!({"sampler": ["euler", 3, 0.002, 80, 7, 9]}), "sampler: invalid type: sequence, expected an object"),
         (json!({"classes": ["random"], "per_condition": 0}), "per_condition is 0"),
         (json!({"classes": vec!["1"; 65]}), "65 classes, expected 64 at most"),
         (json!({"classes": ["random", "1"]}), r#"classes: "random" goes alone"#),
@@ -407,7 +407,7 @@ fn what_cannot_be_drawn_is_refused_with_what_is_wrong() {
         (json!({"sampler": {"steps": 0}}), "steps = 0, expected 1 to 10000"),
         (json!({"sampler": {"solver": "ddim"}}), "unknown variant `ddim`"),
         (json!({"sampler": {"rho": "7"}}), r#"sampler: rho: invalid type: string "7", expected f64"#),
-        (json!({"sampler": {"solver": "heun", "churn": []}}), "sampler: churn: no object"),
+        (json!({"sampler": {"solver": "heun", "churn": []}}), "sampler: churn: expected an object"),
         (json!({"sampler": {"rho": vec![7; 5000]}}), "sampler: more than 4096 bytes"),
         (json!({"width": null, "sampler": {"churn": {"s_churn": null}}, "wide": 1}), "unknown field `wide`"),
         (json!({"tags": ["cat", 7]}), "tags[1]: invalid type: integer `7`, expected a string"),
@@ -416,7 +416,7 @@ fn what_cannot_be_drawn_is_refused_with_what_is_wrong() {
         (json!({"tags": ["cat"], "complete": true}), "m has no condition model"),
         (json!({"like": ["aGVsbG8="]}), "m takes no pictures"),
         (json!({"steps": 3}), "unknown field `steps`"),
-        (json!([1]), "no object"),
+        (json!([1]), "expected an object"),
         (json!({"outdir": "/tmp"}), "unknown field `outdir`"),
     ] {
         let answer = server.post("/api/v1/generate", &wanted);

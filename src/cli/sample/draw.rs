@@ -14,8 +14,9 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 
 use edm2k::collective::{Part, share};
+use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::pictures::Picture;
-use edm2k::pipeline::{Condition, Image, Kept, OutDir, PipelineError, Request, Step};
+use edm2k::pipeline::{Image, Kept, OutDir, PipelineError, Request, Step};
 
 use super::{Resolved, SampleArgs};
 use crate::cli::ranks::Ranks;
@@ -178,11 +179,17 @@ pub fn draw(mut resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut
         },
     };
     // What is made of several images says so of them all.
-    let conditions = request.conditions.iter();
+    let shown = if *kept == Kept::Latents { request.seeds.len() } else { pictures.len() };
+    let conditions = &request.conditions[..shown.div_ceil(request.per_condition).min(request.conditions.len())];
+    let prints: Vec<_> = conditions.iter().map(|condition| condition.fingerprint().to_string()).collect();
     about["per_condition"] = request.per_condition.into();
-    about["conditions"] = json!(conditions.clone().map(|condition| &condition.origin).collect::<Vec<_>>());
-    about["hashes"]["conditions"] = json!(conditions.map(Condition::fingerprint).collect::<Vec<_>>());
+    about["conditions"] = json!(conditions.iter().map(|condition| &condition.origin).collect::<Vec<_>>());
+    about["hashes"]["conditions"] = json!(Fingerprint::of(prints));
+    if !request.towards.is_empty() {
+        about["towards"] = json!(request.towards);
+    }
     let target = if *kept == Kept::Latents {
+        about["save_steps"] = args.save_steps.into();
         let mut target = out.save_latents(&latents, &latent_steps, shape, &about)?;
         drop((latents, latent_steps));
         if part.of > 1 {
@@ -208,7 +215,7 @@ pub fn draw(mut resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut
     let images = format!("{} images of {width}x{height}", request.seeds.len());
     match rate > 0.0 {
         true => out!("{images} in {seconds:.1} s ({rate:.2} it/s on {device}): {target}"),
-        false => out!("{images} were there: {target}"),
+        false => out!("{images} are there: {target}"),
     }
     Ok(())
 }

@@ -30,8 +30,8 @@ use wanted::wanted;
 Conditions come from --tags, --prompts, --class, --like, --mix, --row, --conditions and
 --random-conditions, in this order; all may be given. The images take them in turn,
 --per-condition images each. Without any, the images are unconditional. Each file is named after
-its seed and carries all parameters in a text chunk. After an interruption the same command goes on
-with the pictures that are missing.
+its seed and carries all parameters in a text chunk. After an interruption the same command, without
+--overwrite, makes the pictures that are missing.
 
 In tags, (blue hair:1.3) weighs 1.3 times as much as others, (blue hair) 1.1 times, [blue hair] 1
 / 1.1 times; brackets may hold several tags, and each other. A tag of the vocabulary is found as
@@ -171,7 +171,8 @@ pub struct SampleArgs {
     #[command(flatten)]
     sampler: SamplerArgs,
 
-    /// Make only part K of N of the images; the last of all parts to end makes the grid, or the file of all latents
+    /// Make only part K of N of the images, with the same --batch in all; the last of all parts to end makes the grid, or the
+    /// file of all latents
     #[arg(long, value_name = "K/N")]
     part: Option<Part>,
 }
@@ -405,6 +406,7 @@ fn given(args: &SampleArgs, pipeline: &Pipeline, request: &Request) -> Value {
         "outdir": args.outdir,
         "parameters": pipeline.parameters(request),
         "seeds": request.seeds,
+        "towards": request.towards,
         "per_condition": request.per_condition,
         "batch": request.batch,
         "save_steps": args.save_steps,
