@@ -328,9 +328,6 @@ fn read_config(path: &Path, data: &Dataset) -> anyhow::Result<Config> {
     ensure!(found == channels, "img_channels = {found}, but the dataset's images have {channels}");
     let found = config.label_dim;
     ensure!(found == dim || found == 0, "label_dim = {found}, but the dataset's conditions have {dim}");
-    if found != dim {
-        note!("label_dim = 0: the network takes no conditions, though the dataset has some");
-    }
     Ok(config)
 }
 
@@ -392,6 +389,9 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     let init = args.init.as_ref().map(|path| start(path, begun.as_ref(), &mut notes)).transpose()?;
     let (init, start) = init.map_or((None, None), |(model, identity)| (Some(model), Some(identity)));
     let config = network(args, data, preset.as_ref(), init.as_ref())?;
+    if config.label_dim == 0 && data.condition_dim() > 0 {
+        notes.push("warning: the network takes no conditions (label_dim is 0), though the dataset has some".to_owned());
+    }
     check_memory(args, &config, data, on_gpu)?;
     let model = model(args, data, &config, init, &mut notes)?;
     let kind = data.header().kind;

@@ -460,3 +460,29 @@ pub(super) mod tests {
         assert_eq!(many, "65 images, expected 64 at most");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sample::Churn;
+
+    #[test]
+    fn bodies_are_read_by_their_fields() {
+        let read = |json: &str| object::<RequestBody>(json);
+        let body =
+            read(r#"{"width": null, "seeds": "7", "sampler": {"steps": 3, "guidance": null, "churn": null}}"#).unwrap();
+        assert_eq!((body.width, body.seeds.as_deref(), body.sampler.config.steps), (None, Some("7"), 3));
+        assert!(!body.sampler.says_guidance && body.sampler.config.churn == Churn::NONE);
+        for (json, expected) in [
+            (r#"{"seeds": "1", "seeds": null}"#, "duplicate field `seeds` at line 1 column 23"),
+            (r#"{"sampler": {"steps": 3, "steps": 4}}"#, "sampler: duplicate field `steps` at line 1 column 22"),
+            (r#"{"height": "a at line 1"}"#, "height: invalid type: string \"a at line 1\", expected usize"),
+            (r#"{"heigth": 3}"#, "unknown field `heigth`"),
+        ] {
+            let said = read(json).unwrap_err();
+            assert!(said.starts_with(expected), "{json}: {said}");
+        }
+        let many: Vec<String> = (0..300).map(|i| format!("\"f{i}\": 0")).collect();
+        assert!(read(&format!("{{{}}}", many.join(","))).unwrap_err().starts_with("too many fields"));
+    }
+}

@@ -1038,6 +1038,19 @@ fn ranks_and_parts_make_the_latents_that_one_process_makes() {
         }
         same("many");
     }
+
+    // Parts that keep their steps are none of those that keep none, nor is a row of images that leads to another seed.
+    let part = |out: &str, arguments: &str| succeed(&mut place.rank(0, 1, 0, &sample(out, arguments)));
+    part("mixed", "--part 1/2 --save-steps");
+    let said = part("mixed", "--part 2/2");
+    assert!(said.contains("of part 1/2 (of something else: save_steps is true there, false here)"), "{said}");
+    let row = |to: &str, number: u8| {
+        let line = sample("row", &format!("--interpolate 10 --part {number}/2")).replace("0-8,17", to);
+        succeed(&mut place.rank(0, 1, 0, &line))
+    };
+    row("7,9", 1);
+    let said = row("7,11", 2);
+    assert!(said.contains("of part 1/2 (of something else: towards"), "{said}");
 }
 
 /// A network of latents, unconditional.

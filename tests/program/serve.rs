@@ -762,7 +762,9 @@ fn clients_of_a1111_are_served() {
                     Seed: 6, Size: 16x16, Model: n, Version: edm2k ";
     assert!(infotexts[1].as_str().unwrap().starts_with(expected), "{infotexts:?}");
 
-    assert_eq!(server.post("/sdapi/v1/options", &json!({"sd_model_checkpoint": "n"})).status, 200);
+    for name in ["m", "n.safetensors"] {
+        assert_eq!(server.post("/sdapi/v1/options", &json!({"sd_model_checkpoint": name})).status, 200);
+    }
     assert_eq!(get("/sdapi/v1/options")["sd_model_checkpoint"], "n");
     assert_eq!(server.post("/sdapi/v1/options", &json!({"sd_model_checkpoint": "/etc/passwd"})).status, 404);
     let nothing = json!({"prompt": null, "negative_prompt": null, "seed": null, "steps": 2, "override_settings": null, "send_images": false});
