@@ -438,6 +438,7 @@ fn picture(base64: &str) -> Result<Bytes, Refusal> {
 pub(super) mod tests {
     use super::*;
     use crate::model::config::preset;
+    use crate::sample::Churn;
 
     /// An offer of a model that is nowhere.
     pub fn model() -> Arc<Offer> {
@@ -459,12 +460,6 @@ pub(super) mod tests {
         let many = refused(RequestBody { seeds: Some("0-64".into()), ..body });
         assert_eq!(many, "65 images, expected 64 at most");
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::sample::Churn;
 
     #[test]
     fn bodies_are_read_by_their_fields() {
@@ -474,8 +469,8 @@ mod tests {
         assert_eq!((body.width, body.seeds.as_deref(), body.sampler.config.steps), (None, Some("7"), 3));
         assert!(!body.sampler.says_guidance && body.sampler.config.churn == Churn::NONE);
         for (json, expected) in [
-            (r#"{"seeds": "1", "seeds": null}"#, "duplicate field `seeds` at line 1 column 23"),
-            (r#"{"sampler": {"steps": 3, "steps": 4}}"#, "sampler: duplicate field `steps` at line 1 column 22"),
+            (r#"{"seeds": "1", "seeds": null}"#, "duplicate field `seeds`"),
+            (r#"{"sampler": {"steps": 3, "steps": 4}}"#, "sampler: duplicate field `steps`"),
             (r#"{"height": "a at line 1"}"#, "height: invalid type: string \"a at line 1\", expected usize"),
             (r#"{"heigth": 3}"#, "unknown field `heigth`"),
         ] {
