@@ -157,22 +157,21 @@ pub struct Images<'a> {
     request: &'a Request,
     common: Value,
     watch: Option<Box<Watcher<'a>>>,
-    /// Number of the first image that has not been made.
-    next: usize,
-    /// Number of the first image that is not to be made any more.
-    end: usize,
+    /// Numbers of the images that are still to be made.
+    left: VecDeque<Range<usize>>,
     /// Images of the current batch that were made and not yet handed out.
     made: VecDeque<(usize, Vec<f32>)>,
     spent: Spent,
 }
 
-debug!(Images<'_> { next, end });
+debug!(Images<'_> { left });
 
 impl<'a> Images<'a> {
     /// Of a request that was checked, on a pipeline that is ready; `common` is what all images say of themselves.
     pub(super) fn new(pipeline: &'a mut Pipeline, request: &'a Request, common: Value) -> Self {
         let (made, spent) = (VecDeque::new(), Spent::default());
-        Self { pipeline, request, common, watch: None, next: 0, end: request.seeds.len(), made, spent }
+        let images = Self { pipeline, request, common, watch: None, left: VecDeque::new(), made, spent };
+        images.only(std::iter::once(0..request.seeds.len()))
     }
 
     /// Has `watch` see each step of each batch; by an error, such as [`PipelineError::Stopped`], it stops the work. On
@@ -183,11 +182,12 @@ impl<'a> Images<'a> {
         self
     }
 
-    /// Makes only images `range`. They are those of the whole request if the range begins at a batch.
+    /// Makes only the images of these ranges. They are those of the whole request if each range begins at a batch.
     #[must_use]
-    pub fn only(mut self, range: Range<usize>) -> Self {
-        self.end = range.end.min(self.request.seeds.len());
-        self.next = range.start.min(self.end);
+    pub fn only(mut self, ranges: impl IntoIterator<Item = Range<usize>>) -> Self {
+        let count = self.request.seeds.len();
+        let within = ranges.into_iter().map(|range| range.start..range.end.min(count));
+        self.left = within.filter(|range| !range.is_empty()).collect();
         self
     }
 
@@ -200,8 +200,12 @@ impl<'a> Images<'a> {
     /// Makes the next batch.
     fn batch(&mut self) -> Result<(), PipelineError> {
         let began = Instant::now();
-        let (request, first) = (self.request, self.next);
-        let last = self.end.min(first + request.batch);
+        let (request, Some(range)) = (self.request, self.left.pop_front()) else { return Ok(()) };
+        let first = range.start;
+        let last = range.end.min(first + request.batch);
+        if last < range.end {
+            self.left.push_front(last..range.end);
+        }
         let pipeline = &mut *self.pipeline;
         let (size, guide) = (pipeline.size(request), pipeline.guide.is_some());
         let conditions: Vec<&Condition> =
@@ -243,7 +247,6 @@ impl<'a> Images<'a> {
         }
         let made = made?;
         self.made.extend((first..last).zip(made.chunks(made.len() / (last - first)).map(<[f32]>::to_vec)));
-        self.next = last;
         self.spent.sampling += began.elapsed();
         Ok(())
     }
@@ -263,10 +266,9 @@ impl Iterator for Images<'_> {
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.made.is_empty()
-            && self.next < self.end
             && let Err(why) = self.batch()
         {
-            self.next = self.end;
+            self.left.clear();
             return Some(Err(why));
         }
         let (number, values) = self.made.pop_front()?;

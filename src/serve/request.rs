@@ -286,13 +286,11 @@ impl<'de> Visitor<'de> for Fields {
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Self, A::Error> {
         while let Some((field, value)) = map.next_entry::<String, Box<RawValue>>()? {
-            let known = self.0.contains_key(&field);
-            if known || self.0.len() == MAX_FIELDS {
-                return Err(A::Error::custom(if known {
-                    format!("duplicate field `{field}`")
-                } else {
-                    "too many fields".into()
-                }));
+            if self.0.contains_key(&field) {
+                return Err(A::Error::custom(format!("duplicate field `{field}`")));
+            }
+            if self.0.len() == MAX_FIELDS {
+                return Err(A::Error::custom("too many fields"));
             }
             if value.get() != "null" {
                 self.0.insert(field, value);

@@ -86,6 +86,7 @@ fn lacking(out: &OutDir, part: Part, request: &Request) -> Vec<Range<usize>> {
 }
 
 /// What came of a part's images, beside their files.
+#[derive(Default)]
 struct Made {
     /// Pictures for a grid, by their images' numbers.
     pictures: BTreeMap<usize, Picture>,
@@ -112,45 +113,44 @@ fn make(resolved: &mut Resolved, args: &SampleArgs, out: &OutDir, ranks: &Ranks)
     if before > 0 {
         above(&bar, &format!("{before} of {count} images are there"));
     }
+    if lacking.is_empty() {
+        bar.finish_and_clear();
+        return Ok(Made::default());
+    }
     let terminal = std::io::stderr().is_terminal();
     let started = Instant::now();
     let steps = RefCell::new(Steps::default());
+    let mut images = pipeline.images(request)?.only(lacking);
+    if watched {
+        images = images.watched(|step| {
+            bar.inc(1);
+            if save_steps { steps.borrow_mut().keep(step, *kept == Kept::Steps) } else { Ok(()) }
+        });
+    }
     let (mut latents, mut latent_steps) = (Vec::new(), Vec::new());
     let pictures = thread::scope(|scope| -> anyhow::Result<BTreeMap<usize, Picture>> {
         // Pictures are compressed and written while the next are made.
         let (sender, made) = sync_channel(request.batch);
         let writer = scope.spawn(move || write(made, out));
-        let mut done = before;
-        'all: for range in lacking {
-            let last = range.end;
-            let mut images = pipeline.images(request)?.only(range);
-            if watched {
-                images = images.watched(|step| {
-                    bar.inc(1);
-                    if save_steps { steps.borrow_mut().keep(step, *kept == Kept::Steps) } else { Ok(()) }
-                });
-            }
-            for image in images {
-                let image = image?;
-                let number = image.number;
-                if *kept == Kept::Latents {
-                    latent_steps.append(&mut steps.borrow_mut().latents.remove(&number).unwrap_or_default());
-                    latents.push(image);
-                } else {
-                    let of_steps = steps.borrow_mut().pictures.remove(&number).unwrap_or_default();
-                    if sender.send((image, of_steps)).is_err() {
-                        break 'all; // the writer says why
-                    }
+        for (image, done) in images.zip(before + 1..) {
+            let image = image?;
+            let number = image.number;
+            if *kept == Kept::Latents {
+                latent_steps.append(&mut steps.borrow_mut().latents.remove(&number).unwrap_or_default());
+                latents.push(image);
+            } else {
+                let of_steps = steps.borrow_mut().pictures.remove(&number).unwrap_or_default();
+                if sender.send((image, of_steps)).is_err() {
+                    break; // the writer says why
                 }
-                done += 1;
-                if (number + 1 - own.start).is_multiple_of(request.batch) || number + 1 == last {
-                    if !watched {
-                        bar.inc(request.sampler.taken() as u64);
-                    }
-                    bar.set_message(format!("{done} of {count} images"));
-                    if !terminal && ranks.first() {
-                        note!("{done} of {count} images, {:.1} s", started.elapsed().as_secs_f64());
-                    }
+            }
+            if (number + 1 - own.start).is_multiple_of(request.batch) || number + 1 == own.end {
+                if !watched {
+                    bar.inc(request.sampler.taken() as u64);
+                }
+                bar.set_message(format!("{done} of {count} images"));
+                if !terminal && ranks.first() {
+                    note!("{done} of {count} images, {:.1} s", started.elapsed().as_secs_f64());
                 }
             }
         }
@@ -288,7 +288,7 @@ impl Parts<'_> {
     /// Whether this process finds all parts there, and so is to make of them what one process would make. That is rank
     /// 0, or whichever part finds that no part is `lacking` images. Otherwise it prints which parts are missing.
     fn ends(self, ranks: &mut Ranks, lacking: &mut dyn FnMut(Part) -> Vec<Lacking>) -> anyhow::Result<bool> {
-        let Self { request, part, args, out: _ } = self;
+        let Self { request, part, args, .. } = self;
         ranks.met().barrier()?;
         if !ranks.first() {
             return Ok(false);
