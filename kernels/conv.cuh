@@ -60,15 +60,16 @@ struct Tile {
 };
 
 // Blocks of a multiprocessor for which the registers must suffice, for the launch bounds: those of tiles.cuh, or as many as
-// find shared memory on cards of compute capability 12.0, which have 100 KB. (86 and 89 have as little, but share their code
-// with 80.)
+// find shared memory: 164 KB on cards of compute capability 8.0 (86 and 89 have 100, but share its code), 228 KB on 9.0,
+// 100 KB on 12.0.
 template <class Tile>
 constexpr int blocks_at_once(int blocks) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-    const int fit = 100 * 1024 / (Tile::STAGES * Tile::STAGE_BYTES + 1024);
-    return blocks < fit ? blocks : fit;
-#else
+#if !defined(__CUDA_ARCH__)
     return blocks;
+#else
+    const int memory = __CUDA_ARCH__ >= 1200 ? 100 : __CUDA_ARCH__ >= 900 ? 228 : 164;
+    const int fit = memory * 1024 / (Tile::STAGES * Tile::STAGE_BYTES + 1024);
+    return blocks < fit ? blocks : fit;
 #endif
 }
 

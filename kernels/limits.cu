@@ -27,6 +27,7 @@ __device__ __forceinline__ void mma_rate(const Rate& p) {
         float all[4 * CHAINS] = {};
         for (int round = 0; round < p.rounds; round += 4) {
             uint32_t d[1][CHAINS][2];
+            keep(a[0]);  // These products do not depend on those of the rounds before.
             mma_tile_f16(d, a, b);
 #pragma unroll
             for (int i = 1; i < 4; i++) mma_tile_f16(d, a, b, d);

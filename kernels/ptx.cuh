@@ -104,8 +104,8 @@ inline void store8_shared(void* p, float2 v) { *static_cast<float2*>(p) = v; }
 template <class T>
 inline T* wide_at(T* p, int a, int b) { return (T*)((const char*)p + int64_t(a) * b); }
 inline void prefetch_line(const void*) {}
-template <int N>
-inline void keep(int (&)[N]) {}
+template <class T, int N>
+inline void keep(T (&)[N]) {}
 inline float at_least(float x, float least) { return x < least ? least : x; }
 inline float clipped(float x, float limit) { return x > limit ? limit : at_least(x, -limit); }
 #else
@@ -138,9 +138,10 @@ __device__ __forceinline__ T* wide_at(T* p, int a, int b) {
 }
 // Brings the 128 bytes around p, in global memory, into the L2 cache.
 __device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-// Makes the compiler keep these numbers in registers, where it might compute them again in a loop.
-template <int N>
-__device__ __forceinline__ void keep(int (&x)[N]) {
+// Makes the compiler keep these 32-bit numbers in registers, where it might compute them again in a loop; and compute anew
+// what depends on them, where it might take it out of the loop.
+template <class T, int N>
+__device__ __forceinline__ void keep(T (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(x[i]));
 }
@@ -354,7 +355,7 @@ __device__ __forceinline__ void ldmatrix_n(uint32_t (&r)[N][MATRICES], const sme
 // ---- cp.async -----------------------------------------------------------------------------------
 
 // Copies BYTES (16, 8 or 4) from global to shared memory, both aligned to BYTES, or fills
-// with zeros if not `valid`; `src` must be a valid address even then. 16 bytes go past L1 unless they are KEPT there. The
+// with zeros if not `valid`; then nothing is read, and `src` may be any address. 16 bytes go past L1 unless they are KEPT there. The
 // bytes are there for this thread after a cp_async_wait, for others after a barrier that follows it.
 #ifdef SIMT_EMULATOR
 

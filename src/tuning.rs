@@ -15,7 +15,7 @@ use crate::backend::gpu::engine::Trial;
 use crate::backend::gpu::runtime::MeasuredOn;
 use crate::backend::gpu::tiles::{Product, Question, Tuned, Unfit};
 use crate::formats::fingerprint::Fingerprint;
-use crate::formats::{At, FileError, input, names, write_atomically};
+use crate::formats::{At, FileError, input, json, names, write_atomically};
 use crate::real::median;
 use crate::system;
 
@@ -186,7 +186,7 @@ impl Table {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             text => text.at(path)?,
         };
-        let written = serde_json::from_str(&text).map_err(|e| e.to_string());
+        let written = json::read(&text).map_err(|e| e.to_string());
         let damaged = |what| TuningError::Damaged { path: path.into(), what };
         written.and_then(Self::of).map(Some).map_err(damaged)
     }
@@ -262,7 +262,7 @@ struct AllShipped {
 
 /// The tables that come with the program.
 fn shipped(text: &str) -> Result<Vec<Table>, String> {
-    let all: AllShipped = serde_json::from_str(text).map_err(|e| e.to_string())?;
+    let all: AllShipped = json::read(text).map_err(|e| e.to_string())?;
     all.tables.into_iter().map(|shipped| Table::of(shipped.table)).collect()
 }
 

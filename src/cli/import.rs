@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde_json::{Map, Value};
 
-use edm2k::formats::input;
 use edm2k::formats::safetensors::SafeError;
+use edm2k::formats::{input, json};
 use edm2k::model::file::save;
 use edm2k::model::{Config, Model, ModelError, ModelFile, OfficialSnapshot, Stored};
 
@@ -82,7 +82,7 @@ pub fn run(args: ImportArgs) -> anyhow::Result<()> {
 fn bare(path: &Path, config: &Path) -> anyhow::Result<(Model, Stored)> {
     let of_config = || format!("--config {}", config.display());
     let text = input::text(config).with_context(of_config)?;
-    let given: Map<String, Value> = serde_json::from_str(&text).with_context(of_config)?;
+    let given: Map<String, Value> = json::object(&text).with_context(of_config)?;
     // What is wrong with the file itself is no fault of the config.
     let file = ModelFile::open_with(path, &given).map_err(|why| match why {
         ModelError::File(

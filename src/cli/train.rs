@@ -20,6 +20,7 @@ use edm2k::codec::{CodecError, CodecFile};
 use edm2k::data::dataset::{Dataset, DatasetError, Representation, Split};
 use edm2k::formats::fingerprint::Identity;
 use edm2k::formats::input;
+use edm2k::formats::json::Fields;
 use edm2k::model::config::{Preset, Recipe, preset};
 use edm2k::model::{Config, Model, Precond};
 use edm2k::pipeline::{Domain, Mismatch, Viewer};
@@ -318,12 +319,11 @@ fn network(args: &TrainArgs, data: &Dataset, preset: Option<&Preset>, init: Opti
 /// A config file; what it leaves open is taken from the dataset.
 fn read_config(path: &Path, data: &Dataset) -> anyhow::Result<Config> {
     let [height, width, channels] = data.shape();
-    let mut json: Value = serde_json::from_str(&input::text(path)?)?;
-    let fields = json.as_object_mut().context("expected a JSON object")?;
-    fields.entry("img_resolution").or_insert(json!(height.min(width)));
-    fields.entry("img_channels").or_insert(json!(channels));
-    fields.entry("label_dim").or_insert(json!(data.condition_dim()));
-    let config: Config = serde_json::from_value(json)?;
+    let mut fields = Fields::parse(&input::text(path)?)?;
+    fields.or("img_resolution", height.min(width));
+    fields.or("img_channels", channels);
+    fields.or("label_dim", data.condition_dim());
+    let config: Config = fields.read()?;
     let (found, dim) = (config.img_channels, data.condition_dim());
     ensure!(found == channels, "img_channels = {found}, but the dataset's images have {channels}");
     let found = config.label_dim;

@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::formats::fingerprint::Fingerprint;
+use crate::formats::json::{self, JsonError};
 use crate::formats::{At, FileError, input, write_atomically};
 
 /// Bytes of the longest text that known tags are compared with.
@@ -62,7 +63,7 @@ pub enum VocabularyError {
     #[error("{0}")]
     Io(#[from] FileError),
     #[error("{}: not a vocabulary, expected a list of {{\"tag\", \"count\"}}: {cause}", path.display())]
-    Json { path: PathBuf, cause: serde_json::Error },
+    Json { path: PathBuf, cause: JsonError },
     #[error("{}: {cause}", path.display())]
     File { path: PathBuf, cause: Box<VocabularyError> },
 }
@@ -237,7 +238,7 @@ impl Vocabulary {
     /// what [`Vocabulary::new`] says.
     pub fn load(path: &Path) -> Result<Self, VocabularyError> {
         let text = input::text(path).at(path)?;
-        let tags = serde_json::from_str(&text).map_err(|cause| VocabularyError::Json { path: path.into(), cause })?;
+        let tags = json::read(&text).map_err(|cause| VocabularyError::Json { path: path.into(), cause })?;
         Self::new(tags).map_err(|cause| VocabularyError::File { path: path.into(), cause: Box::new(cause) })
     }
 

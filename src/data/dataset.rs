@@ -37,7 +37,7 @@ use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
 use crate::formats::fingerprint::{Fingerprint, differ};
 use crate::formats::safetensors::{SafeFile, widen};
-use crate::formats::{At, FileError, input};
+use crate::formats::{At, FileError, ends_in, input};
 use crate::pictures::to_model;
 use crate::rng::Stream;
 
@@ -422,7 +422,7 @@ impl vae::ConditionSource for Dataset {
 }
 
 fn is_zip(path: &Path) -> bool {
-    path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("zip")) && !path.is_dir()
+    ends_in(path, "zip") && !path.is_dir()
 }
 
 /// The vocabulary of the dataset in a directory; else an error that says what the directory is.

@@ -30,7 +30,7 @@ use crate::condition::Conditioning;
 use crate::formats::fingerprint::{self, Fingerprint, Identity};
 use crate::formats::npy::{self, NpyError};
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile, widen};
-use crate::formats::{At, FileError};
+use crate::formats::{At, FileError, ends_in};
 
 /// Key of the [`Conditioning`] in a file's metadata.
 pub const CONDITIONING_KEY: &str = "conditioning";
@@ -84,7 +84,7 @@ impl Features {
             Err(FeatureError::Shape { path: path.into(), what, found: found.into(), expected })
         };
         let anonymous = Conditioning::Features { source: String::new(), node: String::new(), fingerprint: None };
-        let (shape, ids_shape, ids, values, conditioning) = if path.extension().is_some_and(|end| end == "npy") {
+        let (shape, ids_shape, ids, values, conditioning) = if ends_in(path, "npy") {
             let ids_path = ids_path.ok_or_else(|| FeatureError::NoIds { path: path.into() })?;
             let (shape, values) = npy::read(path)?;
             let (ids_shape, ids) = npy::read_i64(ids_path)?;

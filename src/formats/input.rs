@@ -83,24 +83,6 @@ pub fn text_of(from: impl Read) -> io::Result<String> {
     String::from_utf8(bytes).map_err(|_| io::Error::other("it is no text in UTF-8"))
 }
 
-/// An error in JSON, without the line number, for a text whose line is known already.
-pub fn in_one_line(error: &serde_json::Error) -> String {
-    let text = error.to_string();
-    let (line, column) = (error.line(), error.column());
-    let (what, place) = match text.strip_suffix(&format!(" at line {line} column {column}")) {
-        Some(what) => (what, format!(" at column {column}")),
-        None => (&*text, String::new()),
-    };
-    let whole = ["u64", "u32", "u16", "u8", "usize"].map(|kind| (kind, "a whole number that is not negative"));
-    let kinds = whole.into_iter().chain([("i64", "a whole number"), ("f64", "a number"), ("f32", "a number")]);
-    for (kind, plain) in kinds {
-        if let Some(what) = what.strip_suffix(&format!("expected {kind}")) {
-            return format!("{what}expected {plain}{place}");
-        }
-    }
-    format!("{what}{place}")
-}
-
 /// Whether a file begins like text, whatever the text says.
 pub fn is_text(head: &[u8]) -> bool {
     !head.is_empty() && head.iter().take(HEAD).all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace())
@@ -165,18 +147,6 @@ pub fn kind(bytes: &[u8]) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn errors_in_json_have_no_words_of_rust() {
-        let said = |text: &str| in_one_line(&serde_json::from_str::<Vec<u64>>(text).unwrap_err());
-        let expected = "expected a whole number that is not negative at column 4";
-        assert_eq!(said("[\"a\"]"), format!("invalid type: string \"a\", {expected}"));
-        assert_eq!(
-            said("[-1]"),
-            "invalid value: integer `-1`, expected a whole number that is not negative at column 3"
-        );
-        assert_eq!(said("[1"), "EOF while parsing a list at column 2");
-    }
 
     #[test]
     fn files_are_called_what_they_are() {

@@ -9,6 +9,7 @@ pub mod atomic;
 pub mod differences;
 pub mod fingerprint;
 pub mod input;
+pub mod json;
 pub mod mapped;
 pub mod npy;
 pub mod pickle;
@@ -40,6 +41,11 @@ impl<T> At<T> for io::Result<T> {
     fn at(self, path: impl AsRef<Path>) -> Result<T, FileError> {
         self.map_err(|cause| FileError { path: path.as_ref().into(), cause })
     }
+}
+
+/// Whether a file's name has an ending, such as `zip`, in whichever case.
+pub fn ends_in(path: &Path, ending: &str) -> bool {
+    path.extension().is_some_and(|own| own.eq_ignore_ascii_case(ending))
 }
 
 /// The names in a directory, sorted, but for those that are not UTF-8.

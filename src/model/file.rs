@@ -26,7 +26,7 @@ use crate::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, Meaning};
 use crate::formats::fingerprint::{Fingerprint, settle};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, not_finite};
-use crate::formats::weights;
+use crate::formats::{json, weights};
 use crate::params::{ParamId, ParamKind, ParamTable};
 use crate::rng::{Purpose, Stream};
 
@@ -279,7 +279,7 @@ impl ModelFile {
             Some(_) if !given.is_empty() => {
                 return Err(metadata("config", "it is there, so nothing is to be said of the network".into()));
             }
-            Some(config) => serde_json::from_str(config).map_err(|e| metadata("config", e.to_string()))?,
+            Some(config) => json::read(config).map_err(|e| metadata("config", e.to_string()))?,
             None => {
                 let missing = || match what_instead(&file) {
                     Some(what) => ModelError::Other { path: path.into(), what },
@@ -293,7 +293,7 @@ impl ModelFile {
                 file = file.renamed(|name| name.strip_prefix(&prefix).map(str::to_owned));
                 let config = guess::config(&file, given)?;
                 let wrong = |what| ModelError::Given { path: path.into(), what };
-                let config: Config = serde_json::from_value(config).map_err(|e| wrong(e.to_string()))?;
+                let config: Config = json::object(&config.to_string()).map_err(|e| wrong(e.to_string()))?;
                 let assumed = !given.contains_key(guess::HEADS);
                 let of_heads =
                     |cause: &ConfigError| matches!(cause, ConfigError::Field { field, .. } if *field == guess::HEADS);
@@ -316,7 +316,7 @@ impl ModelFile {
         let (net, table) = Precond::new(&config).map_err(config_error)?;
         let meta = match file.metadata().get("edm2k") {
             None => ModelMeta::of(&config),
-            Some(text) => serde_json::from_str(text).map_err(|e| metadata("edm2k", e.to_string()))?,
+            Some(text) => json::read(text).map_err(|e| metadata("edm2k", e.to_string()))?,
         };
         config.check_size(meta.height, meta.width).map_err(config_error)?;
         let tags = meta.vocabulary.len();

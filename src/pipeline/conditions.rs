@@ -13,6 +13,7 @@ use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::condition::{Conditioning, MEANING_KEY, Meaning, unit_norm};
 use crate::data::dataset::{Dataset, DatasetError, Split};
 use crate::data::features::CONDITIONING_KEY;
+use crate::formats::ends_in;
 use crate::formats::fingerprint::{Fingerprint, name};
 use crate::formats::npy::{self, NpyError};
 use crate::formats::safetensors::{SafeError, SafeFile};
@@ -27,21 +28,22 @@ pub struct Condition {
     pub values: Vec<f32>,
     /// Where it is from, for people. The text chunk of a picture has it.
     pub origin: Map<String, Value>,
-    /// What guidance leads away from, `[label_dim]`. If it is empty, that is no condition; or where another network
-    /// guides, what that network makes of this same condition.
-    pub away: Vec<f32>,
+    /// What guidance leads away from, `[label_dim]`; else that is no condition, or where another network guides, what that
+    /// network makes of this same condition.
+    pub away: Option<Vec<f32>>,
 }
 
 impl Condition {
     /// A condition by its values, `[label_dim]`. Zeros mean no condition.
     pub fn new<'a>(values: Vec<f32>, origin: impl IntoIterator<Item = (&'a str, Value)>) -> Self {
         let origin = origin.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
-        Self { values, origin, away: Vec::new() }
+        Self { values, origin, away: None }
     }
 
     /// Of what the network is given, whatever it was made of.
     pub fn fingerprint(&self) -> Fingerprint {
-        Fingerprint::of([&self.values, &self.away].map(|values| bytemuck::cast_slice::<f32, u8>(values)))
+        let away = self.away.as_deref().unwrap_or_default();
+        Fingerprint::of([&self.values, away].map(bytemuck::cast_slice::<f32, u8>))
     }
 
     /// The same condition, with one more entry in its origin.
@@ -54,16 +56,16 @@ impl Condition {
     /// The same, but guided away from another condition: a negative prompt.
     #[must_use]
     pub fn away_from(mut self, other: &Self) -> Self {
-        self.away.clone_from(&other.values);
+        self.away = Some(other.values.clone());
         self.named("negative", other.origin.clone())
     }
 
     /// What guidance leads this image away from, when another image of its batch has a negative prompt.
     pub(super) fn reference(&self, other_network: bool) -> Vec<f32> {
-        match (self.away.is_empty(), other_network) {
-            (false, _) => self.away.clone(),
-            (true, true) => self.values.clone(),
-            (true, false) => vec![0.0; self.values.len()],
+        match &self.away {
+            Some(away) => away.clone(),
+            None if other_network => self.values.clone(),
+            None => vec![0.0; self.values.len()],
         }
     }
 
@@ -94,11 +96,12 @@ impl Condition {
     /// them away from a condition of its own, and the other not.
     pub fn between(from: &Self, to: &Self, share: f64) -> Result<Self> {
         to.as_wide_as(from)?;
-        if from.away.is_empty() != to.away.is_empty() {
-            return Err(ConditionError::OneNegative);
-        }
+        let away = match (&from.away, &to.away) {
+            (None, None) => None,
+            (Some(from), Some(to)) => Some(on_the_way(from, to, share)),
+            _ => return Err(ConditionError::OneNegative),
+        };
         let origin = [("from", json!(from.origin)), ("to", json!(to.origin)), ("share", share.into())];
-        let away = on_the_way(&from.away, &to.away, share);
         Ok(Self { away, ..Self::new(on_the_way(&from.values, &to.values, share), origin) })
     }
 
@@ -488,7 +491,7 @@ fn some_tags(vocabulary: &Vocabulary, text: &str) -> Result<Prompt> {
 
 /// Shape and values of a file's conditions, and what they mean, as far as the file says so.
 fn read(path: &Path) -> Result<(Vec<usize>, Vec<f32>, Meaning)> {
-    if path.extension().is_some_and(|extension| extension == "npy") {
+    if ends_in(path, "npy") {
         let (shape, values) = npy::read(path)?;
         return Ok((shape, values, Meaning::default()));
     }

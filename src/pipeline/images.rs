@@ -206,14 +206,14 @@ impl<'a> Images<'a> {
         if last < range.end {
             self.left.push_front(last..range.end);
         }
-        let pipeline = &mut *self.pipeline;
-        let (size, guide) = (pipeline.size(request), pipeline.guide.is_some());
+        let size = self.pipeline.size(request);
+        let Pipeline { device, guide, networks, viewer, preview, .. } = &mut *self.pipeline;
         let conditions: Vec<&Condition> =
             (first..last).filter_map(|number| Some(&request.conditions[request.condition_of(number)?])).collect();
         let labels: Vec<f32> = conditions.iter().flat_map(|condition| &condition.values).copied().collect();
         let mut away = Vec::new();
-        if conditions.iter().any(|condition| !condition.away.is_empty()) {
-            conditions.iter().for_each(|condition| away.extend(condition.reference(guide)));
+        if conditions.iter().any(|condition| condition.away.is_some()) {
+            conditions.iter().for_each(|condition| away.extend(condition.reference(guide.is_some())));
         }
         let batch = Batch {
             seeds: &request.seeds[first..last],
@@ -223,8 +223,8 @@ impl<'a> Images<'a> {
             towards: request.towards.get(first..last).unwrap_or_default(),
             from: request.from.as_ref().map_or(&[], |from| &from.values),
         };
-        let Some(network) = &mut pipeline.network else { return Ok(()) }; // ready() has put it there
-        let mut viewer = pipeline.preview.as_mut().or(pipeline.viewer.as_mut());
+        let network = networks.placed(device)?;
+        let mut viewer = preview.as_mut().or(viewer.as_mut());
         let mut failed = None;
         let config = &request.sampler;
         let made = match &mut self.watch {

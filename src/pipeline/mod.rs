@@ -49,7 +49,7 @@ use crate::condition::vae::Vae;
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::{Fingerprint, Identity, name};
 use crate::formats::safetensors::{SafeError, SafeFile};
-use crate::formats::{At, FileError, transposed};
+use crate::formats::{At, FileError, ends_in, transposed};
 use crate::memory;
 pub use crate::memory::TooLarge;
 use crate::model::{Config, ImageSpace, Model, ModelError, ModelMeta, Precond};
@@ -113,6 +113,13 @@ pub enum PipelineError {
     Stopped,
 }
 
+/// Another network that a model is guided away from.
+struct Guide {
+    path: PathBuf,
+    /// Whether it takes conditions.
+    conditional: bool,
+}
+
 /// A model on a device, with all that is needed to make pictures: sources of conditions, a sampler, an autoencoder.
 ///
 /// It stays in one thread, as devices do. Requests and images can be sent to other threads. Its weights are put on the
@@ -124,12 +131,8 @@ pub struct Pipeline {
     files: BTreeMap<&'static str, Identity>,
     meta: ModelMeta,
     net: Precond,
-    guide: Option<PathBuf>,
-    /// Whether that network takes conditions.
-    guide_is_conditional: bool,
-    /// The model, and the network that guides it, until they are on the device.
-    weights: Vec<Model>,
-    network: Option<Box<dyn PlacedNetwork>>,
+    guide: Option<Guide>,
+    networks: Networks,
     codec: Option<PathBuf>,
     viewer: Option<Viewer>,
     preview: Option<Viewer>,
@@ -157,9 +160,7 @@ impl Pipeline {
             meta: model.meta.clone(),
             net: model.net.clone(),
             guide: None,
-            guide_is_conditional: false,
-            weights: vec![model],
-            network: None,
+            networks: Networks::Loaded { model: Box::new(model), guide: None },
             codec: None,
             viewer: pixels.then_some(Viewer::PIXELS),
             preview: None,
@@ -187,9 +188,12 @@ impl Pipeline {
             self.warnings.push(format!("{path}: it learned from images of {found}, {model} from {expected}"));
         }
         self.files.insert("gnet", Identity::of_file(path).at(path)?);
-        self.guide = Some(path.into());
-        self.guide_is_conditional = guide.net.config.label_dim > 0;
-        self.weights.push(guide);
+        self.guide = Some(Guide { path: path.into(), conditional: guide.net.config.label_dim > 0 });
+        let model = match self.networks {
+            Networks::Loaded { model, .. } => model,
+            Networks::Placed(_) => Box::new(Model::load(&self.path)?),
+        };
+        self.networks = Networks::Loaded { model, guide: Some(Box::new(guide)) };
         Ok(self)
     }
 
@@ -233,7 +237,7 @@ impl Pipeline {
     pub fn beginning(&mut self, path: impl AsRef<Path>, size: [usize; 2]) -> Result<Beginning, PipelineError> {
         let (path, shown) = (path.as_ref(), path.as_ref().display().to_string());
         let [height, width] = size;
-        if path.extension().is_some_and(|extension| extension == "safetensors") {
+        if ends_in(path, "safetensors") {
             let (file, channels) = (SafeFile::open(path)?, self.net.config.img_channels);
             let names: Vec<_> = file.names().collect();
             let tensor = if let [one] = names[..] { one } else { "latents" };
@@ -310,10 +314,7 @@ impl Pipeline {
     /// # Errors
     /// The device's: they do not fit, for one.
     pub fn ready(&mut self) -> Result<(), PipelineError> {
-        if self.network.is_none() {
-            self.network = Some(self.device.run(Placing(&self.weights))?);
-            self.weights = Vec::new();
-        }
+        self.networks.placed(&self.device)?;
         Ok(())
     }
 
@@ -335,8 +336,8 @@ impl Pipeline {
         if negative && !guided {
             return Err(PipelineError::UnusedNegative);
         }
-        if let Some(guide) = self.guide.as_ref().filter(|_| negative && !self.guide_is_conditional) {
-            return Err(PipelineError::NegativeOfGuide { guide: guide.clone() });
+        if let Some(guide) = self.guide.as_ref().filter(|guide| negative && !guide.conditional) {
+            return Err(PipelineError::NegativeOfGuide { guide: guide.path.clone() });
         }
         let images = request.seeds.len().min(request.batch);
         check_forward(&self.device, config, size, images, request.sampler.copies(self.guide.is_none()))?;
@@ -431,6 +432,25 @@ trait PlacedNetwork {
     ) -> Result<Vec<f32>, SampleError>;
 }
 
+/// The network, and what guides it: in this machine's memory until they are on the device.
+enum Networks {
+    Loaded { model: Box<Model>, guide: Option<Box<Model>> },
+    Placed(Box<dyn PlacedNetwork>),
+}
+
+impl Networks {
+    /// Those on the device, where they are put if they are not there yet.
+    fn placed(&mut self, device: &Device) -> Result<&mut dyn PlacedNetwork, BackendError> {
+        if let Self::Loaded { model, guide } = self {
+            *self = Self::Placed(device.run(Placing(model, guide.as_deref()))?);
+        }
+        match self {
+            Self::Placed(networks) => Ok(&mut **networks),
+            Self::Loaded { .. } => unreachable!("they were placed above"),
+        }
+    }
+}
+
 /// A network and what guides it.
 struct Placed<B: NetworkBackend> {
     backend: B,
@@ -461,19 +481,19 @@ impl<B: NetworkBackend> PlacedNetwork for Placed<B> {
 }
 
 /// Puts a model, and what guides it, on a device.
-struct Placing<'a>(&'a [Model]);
+struct Placing<'a>(&'a Model, Option<&'a Model>);
 
 impl Work for Placing<'_> {
     type Output = Result<Box<dyn PlacedNetwork>, BackendError>;
 
     fn run<M: Backends>(self, backends: &M) -> Self::Output {
-        let [model, guide @ ..] = self.0 else { unreachable!("a pipeline has a model") };
         let loaded = |model: &Model| -> Result<_, BackendError> {
             let mut backend = backends.sampling(&model.table)?;
             model.load_into(&mut backend)?;
             Ok((backend, model.net.clone()))
         };
+        let Self(model, guide) = self;
         let (backend, net) = loaded(model)?;
-        Ok(Box::new(Placed { backend, net, guide: guide.last().map(loaded).transpose()? }))
+        Ok(Box::new(Placed { backend, net, guide: guide.map(loaded).transpose()? }))
     }
 }

@@ -51,7 +51,7 @@ impl Request {
 
     /// Whether guidance is to lead an image away from a condition of its own.
     pub(super) fn has_negative(&self) -> bool {
-        self.conditions.iter().any(|condition| !condition.away.is_empty())
+        self.conditions.iter().any(|condition| condition.away.is_some())
     }
 
     /// A row of `count` images on the way from the first to the second of two conditions, of two seeds, or of both.
@@ -104,8 +104,9 @@ impl Request {
         enough_seeds(self.conditions.len(), self.per_condition, self.seeds.len())?;
         let expected = label_dim;
         for (number, Condition { values, away, .. }) in self.conditions.iter().enumerate() {
-            let away = Some(away).filter(|away| !away.is_empty());
-            if let Some(wrong) = [Some(values), away].into_iter().flatten().find(|values| values.len() != expected) {
+            if let Some(wrong) =
+                [Some(values), away.as_ref()].into_iter().flatten().find(|values| values.len() != expected)
+            {
                 return Err(PipelineError::ConditionWidth { number, found: wrong.len(), expected });
             }
         }

@@ -20,10 +20,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::queue::{Job, JobView, Stage};
-use super::request::{CheckedRequest, MAX_AREA, MAX_IMAGES, MAX_WORK, Offer, Refusal, RequestBody, Tags, object};
+use super::request::{CheckedRequest, MAX_AREA, MAX_IMAGES, MAX_WORK, Offer, Refusal, RequestBody, Tags};
 use super::runs::{Run, Stats};
 use super::{Runs, Server};
 use crate::condition::vocabulary::Tag;
+use crate::formats::json;
 
 /// Largest body of a request.
 const MAX_BODY: usize = 24 << 20;
@@ -93,7 +94,7 @@ impl<T: DeserializeOwned, S: Send + Sync, const MAX: usize> FromRequest<S> for I
         let body = tokio::time::timeout(Duration::from_secs(BODY_SECONDS), read(body, MAX));
         let body = body.await.map_err(|_| Refusal::Slow(BODY_SECONDS))??;
         let text = std::str::from_utf8(&body).map_err(|_| Refusal::Invalid("the body is no text in UTF-8".into()))?;
-        object(text).map(Self).map_err(Refusal::Invalid)
+        json::object(text).map(Self).map_err(|error| Refusal::Invalid(error.to_string()))
     }
 }
 

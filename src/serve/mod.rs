@@ -130,10 +130,12 @@ pub struct Files {
 }
 
 impl Files {
-    /// Those that are no models.
-    fn beside_models(&self) -> [Option<&PathBuf>; 6] {
-        let Self { vae, preview, guide, class_names, condition_model, tagger, .. } = self;
-        [vae, preview, guide, class_names, condition_model, tagger].map(Option::as_ref)
+    /// What clients are told of an error that a model met with.
+    fn told(&self, error: &PipelineError, Offer { path, name: of_model, .. }: &Offer) -> String {
+        let Self { models: _, vae, preview, guide, class_names, condition_model, tagger, tagger_node: _ } = self;
+        let others = [vae, preview, guide, class_names, condition_model, tagger].into_iter().flatten();
+        let names: Vec<_> = others.map(|path| (&**path, name(path))).collect();
+        without_paths(error, names.iter().map(|(path, name)| (*path, &**name)).chain([(&**path, &**of_model)]))
     }
 }
 

@@ -10,11 +10,10 @@ use std::time::{Duration, Instant};
 use super::preview::{ColourMap, data_url};
 use super::queue::{Job, Made, Preview, Turn};
 use super::request::{CheckedRequest, Offer};
-use super::{Files, ServeError, Server, without_paths};
+use super::{Files, ServeError, Server};
 use crate::Device;
 use crate::condition::classes::ANY;
 use crate::condition::tagger::Tagger;
-use crate::formats::fingerprint;
 use crate::model::ImageSpace;
 use crate::pictures::{Picture, decode};
 use crate::pipeline::{self, Condition, Pipeline, PipelineError, Step, Viewer};
@@ -113,13 +112,9 @@ impl Painter {
         while let Some(batch) = server.queue.next(self.batch) {
             match self.paint(server, &batch, say) {
                 Ok(()) | Err(PipelineError::Stopped) => {}
-                Err(why) => batch.jobs().for_each(|job| {
-                    let Offer { path, name, .. } = &*job.request.model;
-                    let others = self.files.beside_models().into_iter().flatten();
-                    let names: Vec<_> = others.map(|path| (&**path, fingerprint::name(path))).collect();
-                    let all = names.iter().map(|(path, name)| (*path, &**name)).chain([(&**path, &**name)]);
-                    server.queue.fail(job, without_paths(&why, all));
-                }),
+                Err(why) => {
+                    batch.jobs().for_each(|job| server.queue.fail(job, self.files.told(&why, &job.request.model)))
+                }
             }
         }
     }
@@ -145,7 +140,7 @@ impl Painter {
             let Entry::Vacant(place) = self.conditions.entry(job.id) else { continue };
             match conditions(pipeline, &job.request, say) {
                 Ok(made) => drop(place.insert(made)),
-                Err(why) => server.queue.fail(job, why.to_string()),
+                Err(why) => server.queue.fail(job, self.files.told(&why, &job.request.model)),
             }
         }
         // Each image has a condition of its own, as its neighbours may be of other jobs.

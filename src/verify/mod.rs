@@ -43,7 +43,7 @@ use crate::backend::{
 use crate::codec::CodecError;
 use crate::device::{Backends, Device, Work};
 use crate::formats::safetensors::{SafeError, SafeFile};
-use crate::formats::{input, names, transposed};
+use crate::formats::{input, json, names, transposed};
 use crate::model::{Config, ConfigError};
 use crate::params::{ParamId, ParamTable};
 use crate::sample::SampleError;
@@ -357,7 +357,7 @@ impl<M: Backends> Session<'_, M> {
         let path = self.dir.join(name);
         let wrong = |what: String| VerifyError::Json { path: path.clone(), what };
         let text = input::text(&path).map_err(|e| wrong(e.to_string()))?;
-        serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))
+        json::read(&text).map_err(|e| wrong(e.to_string()))
     }
 
     fn open(&self, name: &str) -> Result<Golden> {

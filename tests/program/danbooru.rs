@@ -434,7 +434,7 @@ fn bad_input_is_one_clear_line_and_nothing_is_lost() {
     };
     wrong_line("{\"id\": 5, \"tag_string\": \"1girl", "EOF while parsing a string");
     wrong_line("<html>", "expected value at column 1; expected a post of danbooru");
-    wrong_line("{\"id\": \"5\"}", "invalid type: string \"5\", expected a whole number");
+    wrong_line("{\"id\": \"5\"}", "id: invalid type: string \"5\", expected a whole number at column 10");
     wrong_line("{\"id\": 5}", "missing field `tag_string`");
     wrong_line("{\"id\": 5, \"tag_string\": \"\", \"image_width\": -3}", "invalid value: integer `-3`");
     let long = posts.trim_end().replace('\n', ",").repeat(1000);

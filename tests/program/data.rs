@@ -1110,7 +1110,7 @@ fn unusable_settings_and_metadata_are_named() {
     assert!(fails(Settings { vocabulary: 0, ..base() }).contains("vocabulary is 0"));
     for (line, expected) in [
         ("{\"id\": 1,", "line 2: EOF"),
-        ("{\"id\": \"one\", \"file\": \"a\", \"tags\": []}", "line 2: invalid type: string"),
+        ("{\"id\": \"one\", \"file\": \"a\", \"tags\": []}", "line 2: id: invalid type: string"),
         ("{\"id\": 1, \"tags\": []}", "line 2: missing field `file`"),
         ("{\"id\": 1, \"file\": \"a\", \"tags\": [\"a,b\"]}", "line 2: a tag: \"a,b\" contains a comma"),
         ("{\"id\": -20, \"file\": \"a\", \"tags\": []}", "line 2: id -20 occurs twice"),

@@ -717,6 +717,24 @@ fn a_pipeline_makes_the_files_of_the_command_whatever_it_has_made_before() {
 }
 
 #[test]
+fn another_network_guides_from_when_it_is_given_on() {
+    let bench = Bench::new();
+    let load = || Pipeline::load(&Device::open("cpu").unwrap(), bench.path("m.safetensors")).unwrap();
+    let drawn = |pipeline: &mut Pipeline| {
+        let conditions = vec![pipeline.tags("cat", 0).unwrap()];
+        let mut request = Request { conditions, seeds: vec![3], ..Request::default() };
+        (request.sampler.steps, request.sampler.guidance) = (2, 3.0);
+        pipeline.generate(&request).unwrap().swap_remove(0).values
+    };
+    let mut early = load().with_guide(bench.path("m.safetensors")).unwrap();
+    let mut late = load();
+    let alone = drawn(&mut late);
+    let mut late = late.with_guide(bench.path("m.safetensors")).unwrap();
+    assert_eq!(drawn(&mut late), drawn(&mut early));
+    assert_ne!(drawn(&mut late), alone);
+}
+
+#[test]
 fn a_pipeline_tells_what_is_wrong_apart() {
     let bench = Bench::new();
     let device = Device::open("cpu").unwrap();
@@ -772,19 +790,19 @@ fn conditions_come_from_files_and_datasets() {
     let row = |i: usize| (0..5).map(move |j| if i == j { 1.0f32 } else { 0.0 });
     let values: Vec<u8> = (0..3).flat_map(row).flat_map(f32::to_le_bytes).collect();
     safetensors::write(bench.path("c.safetensors"), &[("x", Dtype::F32, &[3, 5], &values)], &HashMap::new()).unwrap();
-    fs::write(bench.path("c.npy"), npy_file("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 5), }", &values))
+    fs::write(bench.path("c.NPY"), npy_file("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 5), }", &values))
         .unwrap();
     bench.sample(&format!("--outdir a --conditions {}", bench.path("c.safetensors").display())).success();
-    bench.sample("--outdir b --conditions c.npy").success();
+    bench.sample("--outdir b --conditions c.NPY").success();
     bench.sample("--outdir t --tags cat --tags dog --tags heart").success();
     assert_eq!(bench.about("a/000002.png")["condition"], json!({"file": "c.safetensors", "row": 2}));
     // Rows of another file of the same name.
     let turned: Vec<u8> = values.chunks(4).rev().flatten().copied().collect();
-    let before = fs::read(bench.path("c.npy")).unwrap();
-    fs::write(bench.path("c.npy"), npy_file("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 5), }", &turned))
+    let before = fs::read(bench.path("c.NPY")).unwrap();
+    fs::write(bench.path("c.NPY"), npy_file("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 5), }", &turned))
         .unwrap();
-    bench.fails("--outdir b --conditions c.npy", "000000.png exists, of something else: hashes.condition is ");
-    fs::write(bench.path("c.npy"), before).unwrap();
+    bench.fails("--outdir b --conditions c.NPY", "000000.png exists, of something else: hashes.condition is ");
+    fs::write(bench.path("c.NPY"), before).unwrap();
     let pixels = |name: &str| image::open(bench.path(name)).unwrap();
     for image in ["000000.png", "000001.png", "000002.png"] {
         assert!(pixels(&format!("a/{image}")) == pixels(&format!("b/{image}")));

@@ -505,11 +505,11 @@ fn the_width_of_attention_heads_is_assumed_with_a_warning_or_given() {
     };
     for (config, what) in [
         ("{\"heads\": 32}", "of the network in bare.pt: unknown field `heads`"),
-        ("{\"clip_act\": \"x\"}", "of the network in bare.pt: invalid type"),
+        ("{\"clip_act\": \"x\"}", "of the network in bare.pt: clip_act: invalid type"),
         ("{\"channels_per_head\": 0}", "of the network in bare.pt: "),
         ("{\"channels_per_head\": 16, \"num_blocks\": 5}", "bare.pt: tensor "),
         ("{\"channels_per_head\": 16, \"img_channels\": 7}", "bare.pt: tensor "),
-        ("[", "invalid type: sequence, expected a map"),
+        ("[", "invalid type: a list, expected an object"),
     ] {
         let why = why("bare.pt", config);
         assert!(why.contains(&format!("error: --config net.json: {what}")), "{why}");

@@ -21,7 +21,7 @@ use edm2k::codec::CodecFile;
 use edm2k::condition::Conditioning;
 use edm2k::condition::vae::{self, Vae};
 use edm2k::data::dataset::{DatasetError, Header};
-use edm2k::formats::{At, input, weights};
+use edm2k::formats::{At, ends_in, input, weights};
 use edm2k::model::config::preset;
 use edm2k::model::{Config, Model, ModelMeta, Precond};
 use edm2k::params::ParamTable;
@@ -267,7 +267,7 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
         return Ok(());
     };
     // An error in opening names the file itself.
-    let ends = |ending: &str| path.extension().is_some_and(|own| own.eq_ignore_ascii_case(ending));
+    let ends = |ending: &str| ends_in(path, ending);
     let unchecked = |what: &str| {
         ensure!(!args.check, "{}: {what}, which has no checksums", path.display());
         Ok(())

@@ -341,10 +341,10 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
             "warning: --condition-model does nothing: --complete has it complete tags, --random-conditions invents some"
         );
     }
-    let lacking = wanted.iter().position(|(condition, _)| condition.away.is_empty());
+    let lacking = wanted.iter().position(|(condition, _)| condition.away.is_none());
     if let Some(place) = lacking.filter(|_| pipeline.cannot_guide()) {
         ensure!(
-            args.sampler.guidance.is_some() || wanted.iter().all(|(condition, _)| condition.away.is_empty()),
+            args.sampler.guidance.is_some() || wanted.iter().all(|(condition, _)| condition.away.is_none()),
             "condition {} has no negative, and the model was trained without --cond-dropout, so guidance has nothing to \
              lead away from there; --negative is for all that have none of their own",
             place + 1

@@ -3,11 +3,11 @@
 use std::io;
 use std::path::Path;
 
-use anyhow::{Context, anyhow, bail, ensure};
+use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
 
 use edm2k::condition::classes::ANY;
-use edm2k::formats::input;
+use edm2k::formats::{input, json};
 use edm2k::pipeline::{Condition, Pipeline};
 
 use super::{SampleArgs, Seeds};
@@ -33,8 +33,7 @@ fn prompts(path: &Path) -> anyhow::Result<Vec<(String, PromptLine)>> {
         if !line.starts_with('{') {
             return Ok((name, PromptLine { tags: Some(line.into()), negative: None, seed: None }));
         }
-        let mut prompt: PromptLine =
-            serde_json::from_str(line).map_err(|error| anyhow!("{name}: {}", input::in_one_line(&error)))?;
+        let mut prompt: PromptLine = json::object(line).with_context(|| name.clone())?;
         prompt.negative = prompt.negative.filter(|text| !text.trim().is_empty());
         let most = i64::MAX as u64 - u64::from(u16::MAX);
         ensure!(prompt.tags.is_some() || prompt.negative.is_some(), "{name}: neither tags nor negative ones");
@@ -91,7 +90,7 @@ pub fn wanted(args: &SampleArgs, pipeline: &mut Pipeline) -> anyhow::Result<Vec<
         if all.is_empty() {
             all.push((pipeline.none().context("--negative")?, None));
         }
-        for (condition, _) in all.iter_mut().filter(|(condition, _)| condition.away.is_empty()) {
+        for (condition, _) in all.iter_mut().filter(|(condition, _)| condition.away.is_none()) {
             *condition = condition.clone().away_from(&negative);
         }
     }

@@ -13,6 +13,7 @@ use super::{ConditionKind, ConditionSource, HEADER_KEY, Learning, LearningSettin
 use crate::condition::vocabulary::Vocabulary;
 use crate::formats::differences::differing;
 use crate::formats::fingerprint::{Fingerprint, differ};
+use crate::formats::json;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile};
 
 /// Whether a file is a condition model, whole or not.
@@ -32,7 +33,7 @@ impl Vae {
         let wrong = |what: String| VaeError::Header { path: path.into(), what };
         let text = file.metadata().get(HEADER_KEY);
         let text = text.ok_or_else(|| wrong("it is missing, so this is not a condition model".into()))?;
-        let header: VaeHeader = serde_json::from_str(text).map_err(|e| wrong(e.to_string()))?;
+        let header: VaeHeader = json::read(text).map_err(|e| wrong(e.to_string()))?;
         let v = header.vocabulary.len();
         for (what, size) in [("width", header.width), ("latent", header.latent), ("hidden", header.hidden)] {
             if !(1..=1 << 16).contains(&size) {
@@ -160,7 +161,7 @@ impl<'a, S: ConditionSource> Learning<'a, S> {
         let damaged = |what: String| VaeError::Damaged { path: path.into(), what: what.replacen(&name, "", 1) };
         let file = SafeFile::open(path).map_err(|why| damaged(why.to_string()))?;
         let text = file.metadata().get(PROGRESS_KEY).ok_or_else(|| damaged("no training under way".into()))?;
-        let then: LearningState = serde_json::from_str(text).map_err(|why| damaged(why.to_string()))?;
+        let then: LearningState = json::read(text).map_err(|why| damaged(why.to_string()))?;
         let mut now = Self::new(source, how)?;
         let differs = |key: &str, then: &str, now: &str| format!("{key} {then}, now {now}");
         let other = |what: String| Err(VaeError::OtherTraining { path: path.into(), what });

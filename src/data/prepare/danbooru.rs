@@ -27,7 +27,7 @@ use super::report::{Event, PrepareError, Report};
 use super::settings::Settings;
 use crate::condition::vocabulary::check_tag;
 use crate::data::shard::Drop;
-use crate::formats::{At, input, tar};
+use crate::formats::{At, ends_in, json, tar};
 use crate::pictures::Size;
 use crate::pictures::fit::choose;
 
@@ -88,8 +88,7 @@ impl Records for Danbooru {
         let mut unusable = HashSet::new();
         let total = fs::metadata(&self.posts).map_or(0, |about| about.len());
         read_lines(&self.posts, |line, end| -> Result<(), String> {
-            let post: Post = serde_json::from_slice(line)
-                .map_err(|error| input::in_one_line(&error))
+            let post: Post = json::read(line)
                 .map_err(|error| format!("{error}; expected a post of danbooru, with \"id\", \"tag_string\", ..."))?;
             if listing.read.is_multiple_of(4096) || end == total {
                 report(Event::Reading { what: "bytes of posts", done: end, total });
@@ -178,7 +177,7 @@ fn find_files<T: Sync>(
     let mut paths = Vec::new();
     list(dir, &mut HashSet::new(), &mut paths)?;
     paths.sort_unstable();
-    let ends = |path: &PathBuf| path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("tar"));
+    let ends = |path: &PathBuf| ends_in(path, "tar");
     let (tars, files): (Vec<_>, Vec<_>) = paths.into_iter().partition(ends);
     if tars.is_empty() && files.is_empty() {
         return Err(PrepareError::NoImages { path: dir.into() });
@@ -222,7 +221,7 @@ fn list(dir: &Path, seen: &mut HashSet<PathBuf>, found: &mut Vec<PathBuf>) -> Re
     for entry in fs::read_dir(dir).at(dir)? {
         let path = entry.at(dir)?.path();
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("tar")) || id_of(name).is_some() {
+        if ends_in(&path, "tar") || id_of(name).is_some() {
             found.push(path);
         } else if path.is_dir() {
             list(&path, seen, found)?;

@@ -14,7 +14,7 @@ use super::records::{Listing, Location, Record, Records, read_lines};
 use super::report::{Event, PrepareError, Report};
 use super::settings::Settings;
 use crate::condition::vocabulary::check_tag;
-use crate::formats::{At, input};
+use crate::formats::{At, json};
 
 /// A folder of pictures, and the file with a line of JSON for each.
 #[derive(Debug, Clone)]
@@ -54,8 +54,7 @@ impl Records for Folder {
         let (mut ids, mut unread) = (HashSet::new(), BTreeSet::new());
         read_lines(&self.metadata, |text, _| -> Result<(), String> {
             let text = str::from_utf8(text).map_err(|_| "not UTF-8")?;
-            let Line { id, file, tags, flip, repeats, others } = serde_json::from_str(text).map_err(|error| {
-                let error = input::in_one_line(&error);
+            let Line { id, file, tags, flip, repeats, others } = json::read(text).map_err(|error| {
                 format!("{error}; expected {{\"id\", \"file\", \"tags\", \"flip\" and \"repeats\" (optional)}}")
             })?;
             for tag in &tags {
