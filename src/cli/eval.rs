@@ -217,8 +217,7 @@ fn keep(path: &Path, found: &[LevelLoss], given: &Value) -> Result<(), SafeError
 /// belong to it.
 fn of_all_parts(dir: &Path, of: usize, noisy: &Noisy, given: &Value) -> Result<Vec<LevelLoss>, Vec<String>> {
     let (mut all, mut missing) = (Vec::new(), Vec::new());
-    for number in 0..of {
-        let part = Part { number, of };
+    for part in Part::all(of) {
         let path = losses_of(dir, part);
         let of_these = |file: SafeFile| -> Result<Result<Vec<f64>, String>, SafeError> {
             let noted = file.metadata().get("edm2k").map_or("", String::as_str);

@@ -131,7 +131,7 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
     bar.finish_and_clear();
     let rate = all as f64 / started.elapsed().as_secs_f64();
     let distance = distance(made, dataset);
-    ensure!(distance.is_finite(), "{}: the features are too large to compare", args.network.display());
+    let distance = distance.with_context(|| format!("{}: these features have no distance", args.network.display()))?;
 
     let source = args.generated.as_ref().or(args.model.as_ref()).map(|path| path.display().to_string());
     let (split, References { count: references, sampler, .. }) = (args.split.to_string(), references);

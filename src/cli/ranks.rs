@@ -86,7 +86,7 @@ impl Ranks {
         match asked {
             Some(part) if self.size() == 1 => Ok(part),
             Some(_) => bail!("--part: a launcher has started {} ranks, each for its part", self.size()),
-            None => Ok(Part { number: self.met.rank(), of: self.size() }),
+            None => Ok(self.met.part()),
         }
     }
 

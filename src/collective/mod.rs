@@ -15,6 +15,7 @@
 //! Every rank makes the same calls in the same order; each call is a meeting that no rank leaves before all have come.
 
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -75,6 +76,10 @@ pub trait Collective {
     fn rank(&self) -> usize;
     /// How many there are.
     fn size(&self) -> usize;
+    /// The part of the work that is its own.
+    fn part(&self) -> Part {
+        Part { number: self.rank(), of: self.size() }
+    }
     /// Replaces f32 values by their sum over all ranks, which has the same bits on all of them. On a device, the sum is
     /// made after the commands given before, and beside those given from here on. So the values must not be touched or
     /// freed before [`summed`](Self::summed).
@@ -138,6 +143,24 @@ impl Part {
     /// All of the work.
     pub const WHOLE: Self = Self { number: 0, of: 1 };
 
+    /// All parts of some work.
+    pub fn all(of: usize) -> impl Iterator<Item = Self> {
+        (0..of).map(move |number| Self { number, of })
+    }
+
+    /// Which of `total` things are in it. Those of all parts follow each other, and are equally many but for one.
+    ///
+    /// ```
+    /// use edm2k::collective::Part;
+    ///
+    /// let shares: Vec<_> = Part::all(3).map(|part| part.share(8)).collect();
+    /// assert_eq!(shares, [0..2, 2..5, 5..8]);
+    /// ```
+    pub fn share(self, total: usize) -> Range<usize> {
+        let cut = |part: usize| (total as u128 * part as u128 / self.of as u128) as usize;
+        cut(self.number)..cut(self.number + 1)
+    }
+
     /// The name of the file that it leaves for the others: `losses-2-of-4.safetensors`.
     pub fn file(self, what: &str) -> String {
         format!("{what}-{}-of-{}.safetensors", self.number + 1, self.of)
@@ -166,19 +189,6 @@ impl FromStr for Part {
             _ => Err(NoPart(text.into())),
         }
     }
-}
-
-/// Which of `total` things are the share of part number `part` of `parts`. The shares are ranges that follow each
-/// other, and their lengths differ by one at most.
-///
-/// ```
-/// use edm2k::collective::share;
-///
-/// assert_eq!([0, 1, 2].map(|part| share(8, part, 3)), [0..2, 2..5, 5..8]);
-/// ```
-pub fn share(total: u64, part: usize, parts: usize) -> std::ops::Range<u64> {
-    let cut = |part: usize| (u128::from(total) * part as u128 / parts as u128) as u64;
-    cut(part)..cut(part + 1)
 }
 
 /// Checks that all ranks give the same `about`. Where a text differs from rank 0's, `differences` is given that rank's

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::backend::NetworkBackend;
 use crate::codec::CodecError;
-use crate::collective::{Collective, CollectiveError, share};
+use crate::collective::{Collective, CollectiveError, Part};
 use crate::data::dataset::{Dataset, DatasetError};
 use crate::model::{Config, Precond};
 use crate::pictures::Picture;
@@ -115,10 +115,10 @@ pub fn write<B: NetworkBackend>(path: &Path, with: With<B>, show: &mut Show) -> 
     let rows = ROWS.min(all.len());
     let chosen: Vec<usize> = (0..rows).map(|row| all[row * all.len() / rows]).collect();
     let jobs: Vec<(usize, u64)> = chosen.iter().flat_map(|&i| (0..SAMPLES as u64).map(move |seed| (i, seed))).collect();
-    let own = share(jobs.len() as u64, ranks.rank(), ranks.size());
+    let own = &jobs[ranks.part().share(jobs.len())];
     let sample = |batch: usize| -> Result<Vec<f32>, SampleError> {
         let mut samples = Vec::new();
-        for jobs in jobs[own.start as usize..own.end as usize].chunks(batch.max(1)) {
+        for jobs in own.chunks(batch.max(1)) {
             let mut labels = vec![0.0; jobs.len() * dim];
             for (label, &(i, _)) in labels.chunks_mut(dim.max(1)).zip(jobs) {
                 data.condition(i, label);
@@ -131,8 +131,7 @@ pub fn write<B: NetworkBackend>(path: &Path, with: With<B>, show: &mut Show) -> 
         Ok(samples)
     };
     let all = gathered(sample, (batch, halved), ranks)?;
-    let lengths = (0..ranks.size()).map(|rank| share(jobs.len() as u64, rank, ranks.size()));
-    let lengths = lengths.map(|share| (share.end - share.start) as usize * numel * size_of::<f32>());
+    let lengths = Part::all(ranks.size()).map(|part| part.share(jobs.len()).len() * numel * size_of::<f32>());
     if let Some(rank) = all.iter().zip(lengths).position(|(samples, expected)| samples.len() != expected) {
         return Err(GridError::Elsewhere { rank });
     }

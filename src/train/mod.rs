@@ -77,7 +77,7 @@ pub use stats::{Status, Sums, Validation};
 pub use step::{Inputs, MicroBatchPlan, micro_batch, rehearse, shared_micro_batch};
 
 use crate::backend::{BackendError, Normalization, Slot, TrainingBackend};
-use crate::collective::{agree, share};
+use crate::collective::agree;
 use crate::data::dataset::{Dataset, DatasetError};
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::Fingerprint;
@@ -239,16 +239,16 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
     settings.validate()?;
     execution.validate()?;
     let dir = execution.outdir.as_path();
-    let (rank, size) = (ranks.rank(), ranks.size());
-    if settings.batch < size as u64 {
-        return Err(TrainError::FewImages { batch: settings.batch, ranks: size });
+    let part = ranks.part();
+    if settings.batch < part.of as u64 {
+        return Err(TrainError::FewImages { batch: settings.batch, ranks: part.of });
     }
     let validation = data.validation.map(DataIdentity::of);
     let given = Given { settings: settings.clone(), execution: execution.clone(), validation };
     agree(ranks, &serde_json::to_string(&given).unwrap_or_default(), Given::differences)?;
     // Rank 0 alone reads, so no other rank needs to see its directory.
     let (mut lock, mut state) = (None, None);
-    if rank == 0 {
+    if part.number == 0 {
         let held = lock.insert(DirLock::exclusive(dir)?);
         held.warning().into_iter().for_each(|warning| event(Event::Note(format!("warning: {warning}"))));
         if execution.restart {
@@ -270,7 +270,7 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
     let writers = writers(dir, ranks)?;
     let settings = &state.settings.clone();
     let mut files = None;
-    if rank == 0 {
+    if part.number == 0 {
         // Nothing is written anew for a run that has ended.
         if state.nimg < settings.duration {
             write_options(dir, settings).at(dir)?;
@@ -283,7 +283,8 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
     let (mut order, nimg) = (Order::new(data.train, settings), state.nimg);
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            let own = share(settings.batch, rank, size);
+            let own = part.share(settings.batch as usize);
+            let own = own.start as u64..own.end as u64;
             let mut micro_batches = (nimg..)
                 .step_by(settings.batch as usize)
                 .flat_map(|first| order.micro_batches(first + own.start..first + own.end, execution.batch_gpu));

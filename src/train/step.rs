@@ -12,7 +12,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{Event, Run, TrainError, ema};
 use crate::backend::{BackendError, Done, Masks, OptimizerStep, Slot, TrainingBackend, Values};
-use crate::collective::{Collective, CollectiveError, share};
+use crate::collective::{Collective, CollectiveError};
 use crate::model::Precond;
 use crate::params::Whole;
 
@@ -31,8 +31,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let end = self.state.nimg + s.batch;
         let mut losses = Vec::new();
         let mut seen = 0;
-        let own = share(s.batch, self.ranks.rank(), self.ranks.size());
-        let (own, mut reduction) = ((own.end - own.start) as usize, Reduction::new());
+        let own = self.ranks.part().share(s.batch as usize).len();
+        let mut reduction = Reduction::new();
         while seen < own {
             let batch = self.batches.recv().expect("batches are made as long as they are asked for")?;
             let [h, w, c] = batch.shape;

@@ -9,7 +9,7 @@ use bytemuck::{Pod, Zeroable};
 use super::Settings;
 use super::batch::{self, HostBatch, Showing};
 use crate::backend::{BackendError, NetworkBackend};
-use crate::collective::{Collective, CollectiveError, Part, share};
+use crate::collective::{Collective, CollectiveError, Part};
 use crate::data::dataset::{Dataset, DatasetError};
 use crate::device::{Backends, Device, Work};
 use crate::model::{Model, Precond};
@@ -65,7 +65,7 @@ pub fn loss<B: NetworkBackend>(
     let sigma = |k| batch::noise_level(settings, Stream::new(0, Purpose::TrainSigma, k));
     // Images are shared out one by one, since ranks may have room for different numbers of them at a time.
     let noisy = Noisy::new(data, data.len().min(IMAGES), DRAWS, 1, sigma);
-    let own = noisy.of(Part { number: ranks.rank(), of: ranks.size() });
+    let own = noisy.of(ranks.part());
     let found = noisy.measure(b, net, own, batch, &mut |_| {})?;
     let losses = noisy.means(&noisy.gathered(&found, ranks)?);
     Ok(losses.iter().map(|level| level.loss).sum::<f64>() / DRAWS as f64)
@@ -112,9 +112,8 @@ impl<'a> Noisy<'a> {
     /// The numbers k in a part.
     pub fn of(&self, part: Part) -> &[usize] {
         let lengths: Vec<usize> = self.batches(&self.order, self.together).map(<[usize]>::len).collect();
-        let own = share(lengths.len() as u64, part.number, part.of);
-        let (first, end) = (own.start as usize, own.end as usize);
-        &self.order[lengths[..first].iter().sum()..][..lengths[first..end].iter().sum()]
+        let own = part.share(lengths.len());
+        &self.order[lengths[..own.start].iter().sum()..][..lengths[own].iter().sum()]
     }
 
     /// Measures a model on these of the noisy images, `batch` at a time. `progress` is told how many more have been denoised.
@@ -183,13 +182,14 @@ impl<'a> Noisy<'a> {
     /// A rank is lost, or has found another number of losses than its part has.
     pub fn gathered(&self, found: &[LevelLoss], ranks: &mut dyn Collective) -> Result<Vec<LevelLoss>, CollectiveError> {
         let mut all = Vec::with_capacity(self.order.len());
-        for (rank, said) in ranks.gather(bytemuck::cast_slice(found))?.iter().enumerate() {
-            let expected = self.of(Part { number: rank, of: ranks.size() }).len() * size_of::<LevelLoss>();
+        for (part, said) in Part::all(ranks.size()).zip(ranks.gather(bytemuck::cast_slice(found))?) {
+            let expected = self.of(part).len() * size_of::<LevelLoss>();
             if said.len() != expected {
+                let rank = part.number;
                 let what = format!("rank {rank} sends {} bytes of losses, expected {expected}", said.len());
                 return Err(CollectiveError::Differs(what));
             }
-            all.extend(bytemuck::pod_collect_to_vec::<u8, LevelLoss>(said));
+            all.extend(bytemuck::pod_collect_to_vec::<u8, LevelLoss>(&said));
         }
         Ok(all)
     }

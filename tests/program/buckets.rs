@@ -8,6 +8,7 @@ use std::io::Write as _;
 use crate::common::autoencoder;
 use crate::common::command::{edm2k, refused_in_one_line};
 use crate::common::place::{self, assert_same_tensors, distance, files, succeed, text};
+use edm2k::collective::Part;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::pictures::Picture;
@@ -391,7 +392,8 @@ fn an_image_follows_from_its_number_alone() {
         let mut order = Order::new(&data, &s);
         for step in [3, 2, 90, 0] {
             for rank in 0..ranks {
-                let own = edm2k::collective::share(40, rank, ranks);
+                let own = (Part { number: rank, of: ranks }).share(40);
+                let own = own.start as u64..own.end as u64;
                 let batches = order.micro_batches(step * 40 + own.start..step * 40 + own.end, most);
                 for batch in &batches {
                     assert!(!batch.is_empty() && batch.len() as u64 <= most);

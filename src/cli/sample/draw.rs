@@ -13,7 +13,7 @@ use std::time::Instant;
 use anyhow::ensure;
 use serde_json::{Value, json};
 
-use edm2k::collective::{Part, share};
+use edm2k::collective::Part;
 use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::pictures::Picture;
 use edm2k::pipeline::{Image, Kept, OutDir, PipelineError, Request, Step};
@@ -26,8 +26,8 @@ use crate::cli::say::{above, note, out};
 /// images as in one process.
 pub fn images_of(part: Part, request: &Request) -> Range<usize> {
     let (count, batch) = (request.seeds.len(), request.batch);
-    let batches = share(count.div_ceil(batch) as u64, part.number, part.of);
-    (batches.start as usize * batch).min(count)..(batches.end as usize * batch).min(count)
+    let batches = part.share(count.div_ceil(batch));
+    (batches.start * batch).min(count)..(batches.end * batch).min(count)
 }
 
 /// The most images of a grid. Nobody looks at a larger one.
@@ -293,9 +293,8 @@ impl Parts<'_> {
         if !ranks.first() {
             return Ok(false);
         }
-        let parts = (0..part.of).map(|number| Part { number, ..part });
         let lacking: Vec<(Part, Vec<Lacking>)> =
-            parts.map(|part| (part, lacking(part))).filter(|(_, images)| !images.is_empty()).collect();
+            Part::all(part.of).map(|part| (part, lacking(part))).filter(|(_, images)| !images.is_empty()).collect();
         let Some((first, images)) = lacking.first() else { return Ok(true) };
         let (dir, count) = (args.outdir.display(), lacking.iter().map(|(_, images)| images.len()).sum::<usize>());
         ensure!(
