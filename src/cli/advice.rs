@@ -59,7 +59,7 @@ fn advice(error: &(dyn Error + 'static)) -> Option<&'static str> {
         _ => {}
     }
     match error.downcast_ref()? {
-        PrepareError::OtherRecords { .. } => Some("--add adds, --retag changes tags and conditions"),
+        PrepareError::OtherRecords { .. } => Some("--add, --retag and --out do that"),
         PrepareError::Added { .. } => Some("--add does that"),
         PrepareError::NothingKept { dropped, .. } if dropped.0.contains_key(&Drop::Cropped) => {
             Some("a larger --max-crop keeps more")

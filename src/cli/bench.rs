@@ -65,10 +65,10 @@ pub struct BenchArgs {
     #[arg(long, conflicts_with_all = ["kernels", "batch_gpu"])]
     pub picture: bool,
     /// With --picture: draw with this model [default: the preset with random weights, and an SD-VAE of the published size].
-    #[arg(long, value_name = "FILE", requires = "picture")]
+    #[arg(long, value_name = "FILE", requires = "picture", conflicts_with_all = ["kernels", "batch_gpu"])]
     pub model: Option<PathBuf>,
     /// With --picture: make pictures of latents with this autoencoder.
-    #[arg(long, value_name = "FILE", requires = "picture")]
+    #[arg(long, value_name = "FILE", requires = "picture", conflicts_with_all = ["kernels", "batch_gpu"])]
     pub vae: Option<PathBuf>,
     /// When the process was started, in nanoseconds of the system's clock.
     #[arg(long, hide = true, requires = "model")]

@@ -200,7 +200,7 @@ fn train(args: &TrainArgs, requests: &Requests) -> anyhow::Result<Ended> {
 }
 
 fn sample(args: &SampleArgs) -> anyhow::Result<()> {
-    let claimed = |out: &PathBuf| super::claim(out, args.overwrite, &[&args.model]);
+    let claimed = |out: &PathBuf| super::claim_tensors(out, args.overwrite, &[&args.model]);
     let _claim = args.out.as_ref().map(claimed).transpose()?;
     let vae = Vae::load(&args.model).context("--model")?;
     let vocabulary = vae.vocabulary();

@@ -25,7 +25,7 @@ use edm2k::train::validation::{LevelLoss, Noisy, SIGMAS};
 use super::ranks::{self, Ranks};
 use super::say::{note, out};
 use super::train::doubt;
-use super::{DeviceArgs, claim, exists, may_be_written};
+use super::{DeviceArgs, claim, exists, may_be_written, no_other_format};
 
 /// Longest time that a part waits for another to leave what it has found.
 const TOGETHER: Duration = Duration::from_secs(10);
@@ -86,6 +86,9 @@ pub fn run(args: EvalArgs) -> anyhow::Result<()> {
 fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let part = ranks.part(args.part)?;
     let plot = args.plot.as_ref().filter(|_| ranks.first());
+    if let Some(path) = &args.plot {
+        no_other_format(path, &["png", "jpg", "jpeg", "webp", "gif", "pdf"], "svg")?;
+    }
     let claimed = |path: &PathBuf| claim(path, args.overwrite, &[&args.model, &args.data]);
     // Of several parts the last to end draws. Nobody knows yet which that is, so none claims the file.
     let _plot = match plot {

@@ -31,7 +31,7 @@ const MOST_SIZES: usize = 64;
 
 /// Measure how far the images of a model are from a dataset's: their Fréchet distance (FID).
 #[derive(clap::Args)]
-#[command(after_help = "\
+#[command(group(clap::ArgGroup::new("images_of").required(true)), after_help = "\
 It is the Fréchet distance between the features of images that the model makes and of the
 dataset's, each set taken for a normal distribution: FID if NETWORK is Inception, FD-DINOv2 if it
 is DINOv2. NETWORK is given one image at a time, f32 [1, 3, H, W] or [1, H, W, 3], RGB from 0 to
@@ -54,10 +54,10 @@ pub struct FidArgs {
     #[arg(long, value_name = "NAME")]
     network_node: Option<String>,
     /// Model file
-    #[arg(long, value_name = "FILE", required_unless_present = "generated")]
+    #[arg(long, value_name = "FILE", group = "images_of")]
     model: Option<PathBuf>,
     /// Take the PNGs of this directory (but grid*.png and *-steps.png) instead of making images
-    #[arg(long, value_name = "DIR", conflicts_with = "model")]
+    #[arg(long, value_name = "DIR", group = "images_of", conflicts_with = "count")]
     generated: Option<PathBuf>,
     /// Dataset made by `edm2k prepare`
     #[arg(long, value_name = "DIR")]
@@ -97,6 +97,11 @@ enum Source {
 /// Prints the distance to stdout, showing progress on stderr.
 pub fn run(args: FidArgs) -> anyhow::Result<()> {
     let sampler = args.sampler.config(&SamplerConfig::default())?;
+    let there = args.generated.is_some();
+    ensure!(
+        !there || sampler == SamplerConfig::default(),
+        "--generated: its images are there, so no sampler makes them"
+    );
     let data = Dataset::open(&args.data, args.split).context("--data")?;
     let count = data.len().min(args.images.map_or(usize::MAX, |images| images as usize));
     ensure!(count > 1, "{}: {count} image, expected 2 at least", args.data.display());

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use serde_json::{Map, Value};
 
 use edm2k::formats::safetensors::SafeError;
@@ -54,6 +54,11 @@ pub fn run(args: ImportArgs) -> anyhow::Result<()> {
     let _claim = super::claim_tensors(&args.out, args.overwrite, &inputs)?;
     let (mut model, stored) = match &args.config {
         Some(config) => bare(&args.snapshot, config)?,
+        None if input::is_safetensors(&args.snapshot) => bail!(
+            "{}: a safetensors file, expected a snapshot; a model and the weights of a network alone are read as they are, and \
+             --config says what the shapes of weights do not tell",
+            args.snapshot.display()
+        ),
         None => {
             let OfficialSnapshot { model, stored } = OfficialSnapshot::open(&args.snapshot)?;
             (model, stored)
@@ -88,6 +93,7 @@ fn bare(path: &Path, config: &Path) -> anyhow::Result<(Model, Stored)> {
         ModelError::File(
             SafeError::Io(_) | SafeError::Malformed { .. } | SafeError::Torch { .. } | SafeError::Tensor { .. },
         )
+        | ModelError::Metadata { .. }
         | ModelError::Other { .. }
         | ModelError::Checkpoint { .. }
         | ModelError::Heads { .. } => anyhow::Error::from(why),

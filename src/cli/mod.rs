@@ -27,7 +27,7 @@ use std::path::Path;
 use anyhow::{Context, anyhow, bail, ensure};
 
 use edm2k::backend::gpu::launch::{Accum, ConvLoop, Math, Precision};
-use edm2k::formats::Claim;
+use edm2k::formats::{Claim, ends_in};
 use edm2k::{Device, DeviceName, Numbers};
 
 use say::note;
@@ -114,13 +114,18 @@ pub fn claim(path: &Path, overwrite: bool, inputs: &[&Path]) -> anyhow::Result<C
     }
 }
 
-/// The same for a file of tensors, which nobody would find to be safetensors under another format's ending.
+/// The same for a file of tensors.
 pub fn claim_tensors(path: &Path, overwrite: bool, inputs: &[&Path]) -> anyhow::Result<Claim> {
-    let ending = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
-    if ["pkl", "pt", "pth", "ckpt", "bin", "onnx", "npy", "npz"].contains(&&*ending) {
-        bail!("{}: found the ending .{ending}, expected .safetensors, which it would be", path.display());
-    }
+    no_other_format(path, &["pkl", "pt", "pth", "ckpt", "bin", "onnx", "npy", "npz"], "safetensors")?;
     claim(path, overwrite, inputs)
+}
+
+/// Refuses the ending of another format, under which nobody would find what the file is.
+pub fn no_other_format(path: &Path, others: &[&str], format: &str) -> anyhow::Result<()> {
+    match others.iter().find(|other| ends_in(path, other)) {
+        Some(other) => bail!("{}: found the ending .{other}, expected .{format}, which it would be", path.display()),
+        None => Ok(()),
+    }
 }
 
 /// Says of an output that it is there already.

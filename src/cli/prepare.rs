@@ -1,11 +1,11 @@
 //! `edm2k prepare`: images and tags to dataset shards.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
@@ -18,6 +18,7 @@ use edm2k::pictures::Size;
 use edm2k::pictures::decode::unapplied;
 
 use super::DeviceArgs;
+use super::info;
 use super::ranks::{self, Ranks};
 use super::say::{self, above, note, out};
 
@@ -51,18 +52,19 @@ Several processes can make one dataset, on one machine or on several that see th
 
 The same command again keeps the shards that are whole and makes the missing ones. With --add the
 pictures of METADATA whose ids the dataset does not have yet become new shards of it; with --retag
-all images get the tags of METADATA, and the conditions of --features, and nothing is encoded
-again. Both come into force at once at their end; until then, and after a kill, the dataset is the
+all images get the tags, flip and repeats of METADATA, and the conditions of --features, and
+nothing is encoded again. Both come into force at once at their end; until then, and after a kill, the dataset is the
 old one. A training run keeps to the images that it began with: begin another one on a dataset
 that changed.",
-    group(clap::ArgGroup::new("input").required(true))
+    group(clap::ArgGroup::new("input").required(true)),
+    group(clap::ArgGroup::new("shape").required(true).multiple(true))
 )]
 pub struct PrepareArgs {
     /// Folder of the images
     #[arg(long, value_name = "DIR", group = "input")]
     images: Option<PathBuf>,
     /// Folder of danbooru2023's archives, read in place, or of files named <id>.<ext>; at any depth
-    #[arg(long, value_name = "DIR", group = "input")]
+    #[arg(long, value_name = "DIR", groups = ["input", "shape"])]
     danbooru: Option<PathBuf>,
     /// JSON lines: id, file (relative to the folder), tags, flip, repeats; or danbooru's posts
     #[arg(long, value_name = "FILE")]
@@ -74,17 +76,17 @@ pub struct PrepareArgs {
     /// of this METADATA
     #[arg(long)]
     add: bool,
-    /// Give the images that are there other tags, and with --features other conditions; what are features do not become
-    /// tags again
+    /// Give the images that are there other tags, flip and repeats, and with --features other conditions; what are features
+    /// do not become tags again. Give the same --vocabulary and pictures' options as before
     #[arg(long, conflicts_with_all = ["add", "tagger"])]
     retag: bool,
     /// Width and height of the dataset's images, in pixels [default with --danbooru: 512x704]
-    #[arg(long, value_name = "WxH", value_parser = super::parse_size,
-          required_unless_present_any = ["danbooru", "sizes"])]
+    #[arg(long, value_name = "WxH", value_parser = super::parse_size, group = "shape")]
     size: Option<[usize; 2]>,
     /// Several sizes: each image gets the one that crops it least, or of those alike the one that resamples least, or
     /// is listed first. Training takes images of one size at a time
-    #[arg(long, value_name = "WxH,...", value_delimiter = ',', value_parser = super::parse_size, conflicts_with = "size")]
+    #[arg(long, value_name = "WxH,...", value_delimiter = ',', value_parser = super::parse_size, conflicts_with = "size",
+          group = "shape")]
     sizes: Vec<[usize; 2]>,
     /// Make only part K of N of the shards; the last of all parts to end writes the summary
     #[arg(long, value_name = "K/N", conflicts_with_all = ["add", "retag"])]
@@ -97,14 +99,14 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "FILE")]
     features: Option<PathBuf>,
     /// Ids of the features in a .npy: .npy of whole numbers [N]
-    #[arg(long, value_name = "FILE", requires = "features")]
+    #[arg(long, value_name = "FILE", requires = "features", conflicts_with = "tagger")]
     feature_ids: Option<PathBuf>,
     /// Conditions to take instead of tags: features that this tagger makes of each image, by its ONNX file. It sees the
     /// whole image, on white
     #[arg(long, value_name = "FILE", conflicts_with = "features")]
     tagger: Option<PathBuf>,
     /// Tensor of the features in it [default: what a WD tagger's classifier is given]
-    #[arg(long, value_name = "NAME", requires = "tagger")]
+    #[arg(long, value_name = "NAME", requires = "tagger", conflicts_with_all = ["features", "retag"])]
     tagger_node: Option<String>,
     #[command(flatten)]
     device: DeviceArgs,
@@ -132,14 +134,20 @@ pub struct PrepareArgs {
     licence: String,
 
     /// Tags that a post must have, as danbooru writes them, separated by spaces
-    #[arg(long, value_name = "TAGS", default_value = "1girl solo", requires = "danbooru", help_heading = "Danbooru")]
+    #[arg(
+        long,
+        value_name = "TAGS",
+        default_value = "1girl solo",
+        conflicts_with = "images",
+        help_heading = "Danbooru"
+    )]
     require: String,
     /// Ratings to take: g(eneral), s(ensitive), q(uestionable), e(xplicit)
-    #[arg(long, value_name = "R,...", value_delimiter = ',', default_value = "g", requires = "danbooru",
+    #[arg(long, value_name = "R,...", value_delimiter = ',', default_value = "g", conflicts_with = "images",
           value_parser = ["g", "s", "q", "e"], help_heading = "Danbooru")]
     rating: Vec<String>,
     /// Take images smaller than the size too
-    #[arg(long, requires = "danbooru", help_heading = "Danbooru")]
+    #[arg(long, conflicts_with = "images", help_heading = "Danbooru")]
     enlarge: bool,
 }
 
@@ -164,6 +172,7 @@ fn make(args: PrepareArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         "--add and --retag are done by one process, without a launcher"
     );
     let (records, settings) = wanted(&args, part);
+    may_be_dataset(&args.out, args.images.as_deref().or(args.danbooru.as_deref()))?;
     if ranks.size() > 1 {
         agree_on(ranks.met(), &given(&args, &settings)?)?;
     }
@@ -198,6 +207,16 @@ fn make(args: PrepareArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     let images: usize = summary.splits.iter().map(|(_, counts)| counts.kept).sum();
     out!("{images} images of part {part}: {dir}. Shards of part {lacking} are still missing");
     Ok(())
+}
+
+/// Refuses a directory that belongs to a run, or to the pictures: a dataset needs one of its own.
+fn may_be_dataset(out: &Path, images: Option<&Path>) -> anyhow::Result<()> {
+    let what = match images.map(|images| images.canonicalize().ok().zip(out.canonicalize().ok())) {
+        Some(Some((images, out))) if images == out => "the pictures are",
+        _ if out.is_dir() && info::run::is_one(out)? => "a run is",
+        _ => return Ok(()),
+    };
+    bail!("--out {}: {what} there, and a dataset needs a directory of its own", out.display());
 }
 
 /// What all ranks must have been given alike, by what is in the files. Where the pictures lie does not matter. Whether

@@ -17,7 +17,7 @@ use edm2k::backend::gpu::engine::Gpu;
 use edm2k::backend::gpu::launch::{Card, ConvLoop, Math};
 use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::codec::{CodecError, CodecFile};
-use edm2k::data::dataset::{Dataset, DatasetError, Representation, Split};
+use edm2k::data::dataset::{Dataset, DatasetError, Representation, Split, VOCABULARY_FILE};
 use edm2k::formats::fingerprint::Identity;
 use edm2k::formats::input;
 use edm2k::formats::json::Fields;
@@ -32,7 +32,7 @@ use edm2k::train::{
 
 /// Train a network, or go on with a run.
 #[derive(clap::Args)]
-#[command(after_help = "\
+#[command(group(clap::ArgGroup::new("network").args(["preset", "config", "init"]).required(true).multiple(true)), after_help = "\
 The same command again goes on from the newest whole checkpoint in --outdir. torchrun, srun and
 mpirun start it on several cards, one process each (docs/scale.md); it may go on with another
 number. Numbers of images may end in k, M, G (1000s) or Ki, Mi, Gi (1024s).
@@ -55,7 +55,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
     outdir: Option<PathBuf>,
     /// Network and training settings by name, such as edm2-img512-xs
-    #[arg(long, value_name = "NAME", conflicts_with = "config", required_unless_present_any = ["config", "init"])]
+    #[arg(long, value_name = "NAME", conflicts_with = "config")]
     preset: Option<String>,
     /// Network as a JSON file; img_channels, label_dim and img_resolution default to the dataset's
     #[arg(long, value_name = "FILE")]
@@ -177,6 +177,9 @@ pub fn run(args: TrainArgs) -> anyhow::Result<Ended> {
 }
 
 fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Result<Outcome> {
+    if let Some(dir) = args.outdir.as_ref().filter(|dir| dir.join(VOCABULARY_FILE).exists()) {
+        bail!("--outdir {}: a dataset is there, and a run needs a directory of its own", dir.display());
+    }
     let data = Dataset::open(&args.data, Split::Train).context("cannot open the dataset")?;
     let validation = match Dataset::open(&args.data, Split::Validation) {
         Err(DatasetError::NoShards { .. } | DatasetError::NoSplit { .. }) => None,
@@ -400,10 +403,16 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     }
     let mirrored = args.flip && kind == Representation::Latents;
     ensure!(!mirrored, "--flip: the images are latents, and mirrored ones are not those of the mirrored picture");
+    if args.flip && !(0..data.len()).any(|image| data.flip_allowed(image)) {
+        notes.push("warning: --flip mirrors nothing, since the dataset's metadata allows it for no image".to_owned());
+    }
     let settings = settings(args, data, config, preset.as_ref(), start)?;
     settings.validate()?;
     if settings.config.label_dim == 0 && settings.cond_dropout > 0.0 {
         notes.push("warning: --cond-dropout drops nothing, since the network takes no conditions".to_owned());
+    }
+    if settings.config.label_dim > 0 && settings.cond_dropout == 1.0 && settings.cond_dropout_from == 0 {
+        notes.push("warning: --cond-dropout 1 drops every condition, so the model learns none".to_owned());
     }
     if settings.config.label_dim > 0 && settings.cond_dropout_of(settings.duration.saturating_sub(1)) == 0.0 {
         notes.push(

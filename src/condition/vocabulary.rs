@@ -108,7 +108,10 @@ pub fn check_tag(tag: &str) -> Result<(), NoTag> {
         "" => Err(NoTag::Empty),
         _ if tag.trim() != tag => Err(NoTag::Space(tag.into())),
         _ if tag.contains(',') => Err(NoTag::Comma(tag.into())),
-        _ if tag.contains(char::is_control) => Err(NoTag::Control(tag.into())),
+        // A byte order mark and the like: nobody would see that it is another tag.
+        _ if tag.contains(|c: char| c.is_control() || "\u{feff}\u{200b}\u{2060}".contains(c)) => {
+            Err(NoTag::Control(tag.into()))
+        }
         _ => Ok(()),
     }
 }

@@ -247,13 +247,19 @@ impl Dataset {
         (1..contents.len()).any(|n| of_contents(&contents[..n]) == then)
     }
 
-    /// A warning, if nothing tells whether the shards were made together.
+    /// A warning, if nothing tells whether the shards were made together, or whether a split that has none is yet to be made.
     pub fn doubt(&self) -> Option<String> {
         let shards = self.shards();
-        let unknown = shards.iter().find(|shard| !shard.vouched).filter(|_| shards.len() > 1)?;
-        let (path, of) = (unknown.file.path().display(), "nothing tells that its shards belong together");
+        let path = shards.iter().find(|shard| !shard.vouched)?.file.path();
+        let lacks = |split: Split| !path.with_file_name(split.shard_name(0)).exists();
+        let of = match shards.len() {
+            1 if lacks(Split::Train) || lacks(Split::Validation) => "that the dataset is whole",
+            1 => return None,
+            _ => "that its shards belong together",
+        };
         Some(format!(
-            "{path}: no {SUMMARY_FILE} beside it knows it, so {of}; `edm2k prepare` as before checks and writes it"
+            "{}: no {SUMMARY_FILE} beside it knows it, so nothing tells {of}; `edm2k prepare` as before checks and writes it",
+            path.display()
         ))
     }
 

@@ -14,6 +14,9 @@ const MAX_TEXT: u64 = 1 << 28;
 /// The mark that some editors put before text in UTF-8.
 pub const MARK: &[u8] = b"\xef\xbb\xbf";
 
+/// What [`kind`] calls a safetensors file.
+const SAFETENSORS: &str = "a safetensors file";
+
 /// How many bytes [`kind`] looks at.
 pub const HEAD: usize = 4096;
 
@@ -83,6 +86,11 @@ pub fn text_of(from: impl Read) -> io::Result<String> {
     String::from_utf8(bytes).map_err(|_| io::Error::other("it is no text in UTF-8"))
 }
 
+/// Whether there is a safetensors file, as far as its first bytes tell.
+pub fn is_safetensors(path: &Path) -> bool {
+    open(path).and_then(|file| head(&file)).is_ok_and(|head| kind(&head) == Some(SAFETENSORS))
+}
+
 /// Whether a file begins like text, whatever the text says.
 pub fn is_text(head: &[u8]) -> bool {
     !head.is_empty() && head.iter().take(HEAD).all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace())
@@ -98,7 +106,7 @@ pub fn kind(bytes: &[u8]) -> Option<&'static str> {
     Some(match head {
         [] => "empty",
         // This comes first, since the length that such a file begins with may look like anything.
-        [_, _, _, _, _, 0, 0, 0, b'{', ..] => "a safetensors file",
+        [_, _, _, _, _, 0, 0, 0, b'{', ..] => SAFETENSORS,
         _ if begins(b"version https://git-lfs") => {
             "a Git LFS pointer, not the file that it stands for; `git lfs pull` or a download fetches that"
         }

@@ -107,7 +107,7 @@ impl<'de> Visitor<'de> for Fields {
 /// ends early or is no JSON, the place in it says more than a path.
 fn behind(path: &Path, error: &serde_json::Error, what: String) -> String {
     let whole = path.to_string();
-    let known = match path.iter().last() {
+    let known = match path.iter().next_back() {
         _ if !error.is_data() => "",
         Some(Segment::Map { key }) if what.starts_with(&format!("unknown field `{key}`")) => {
             whole.strip_suffix(key.as_str()).map_or(&whole[..], |object| object.trim_end_matches('.'))

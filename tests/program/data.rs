@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use crate::common::autoencoder;
-use crate::common::command::{edm2k, here, printed, refused};
+use crate::common::command::{edm2k, here, printed, refused, refused_in_one_line};
 use crate::common::place::files;
 use edm2k::backend::cpu::Cpu;
 use edm2k::codec::{CodecFile, RAW_MEAN, RAW_STD};
@@ -351,9 +351,11 @@ fn a_dataset_made_otherwise_is_refused_and_left_alone() {
     let differs = |settings: Settings, expected: &str| differs_of(&shop.folder(), settings, expected);
     differs(
         Settings { sizes: vec![Size { width: 8, height: 16 }], ..shop.settings() },
-        "made before with size 16x16, now 8x16",
+        "made before with size 16x16, now 8x16; take the settings of before, or another directory",
     );
     differs(Settings { max_crop: 0.5, ..shop.settings() }, "max-crop 0.05, now 0.5");
+    let both = Settings { max_crop: 0.5, validation_modulus: 20, ..shop.settings() };
+    differs(both, "made before with max-crop 0.05, now 0.5; validation-modulus 10, now 20; take");
     differs(Settings { shard_size: 5, ..shop.settings() }, "shard-size 4, now 5");
     let changed = shop.lines[3].replace("\"all\"", "\"other\"");
     fs::write(shop.dir.path().join("changed.jsonl"), changed + "\n" + &shop.lines[4..].join("\n")).unwrap();
@@ -660,7 +662,10 @@ fn what_does_not_fit_a_dataset_is_not_added_to_it() {
     );
     let nowhere = Settings { out: shop.dir.path().join("nowhere"), ..shop.settings() };
     let error = add(&shop.folder(), &nowhere, None, &|_| ()).unwrap_err().to_string();
-    assert!(error.contains("nowhere: no dataset is there, expected one to add to"), "{error}");
+    assert!(
+        error.contains("nowhere: no dataset is there, or its vocabulary.json is missing; expected one to add to"),
+        "{error}"
+    );
     assert!(!nowhere.out.exists());
 }
 
@@ -1082,16 +1087,107 @@ fn the_command_adds_and_retags() {
         let arguments = command_of(&folder, &out, more);
         here(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).assert()
     };
-    let text = printed(run(&["--add"]));
+    let added = run(&["--add"]).success();
+    let said = String::from_utf8_lossy(&added.get_output().stderr).into_owned();
+    assert!(
+        said.contains("warning: vocabulary.json stays, and lacks 1 of the new pictures' tags, such as \"new\""),
+        "{said}"
+    );
+    let text = printed(added);
     assert!(
         text.contains("train            34 images") && text.contains("skipped          40 there already"),
         "{text}"
     );
-    let text = printed(run(&["--retag"]));
+    let retagged = run(&["--retag"]).success();
+    let said = String::from_utf8_lossy(&retagged.get_output().stderr).into_owned();
+    assert!(said.contains("warning: vocabulary.json has 5 tags from now on, it had 4"), "{said}");
+    let text = printed(retagged);
     assert!(text.contains("vocabulary        5 tags") && text.contains("dropped           2 unreadable"), "{text}");
     let words = content(&out).into_iter().find(|image| image.0 == 203).unwrap().1;
     assert_eq!(words, "new");
     assert!(refused(run(&["--add", "--retag"])).contains("cannot be used with"));
+}
+
+#[test]
+fn options_that_would_do_nothing_are_refused() {
+    let (shop, out) = (gallery(), PathBuf::from("nowhere"));
+    let folder = shop.folder();
+    for options in [
+        "--require cat",
+        "--rating g,s",
+        "--enlarge",
+        "--tagger t.onnx --feature-ids ids.npy",
+        "--features f.safetensors --tagger-node n",
+        "--retag --tagger-node n",
+    ] {
+        let arguments = command_of(&folder, &out, &options.split(' ').collect::<Vec<_>>());
+        let said = refused(here(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).assert().code(2));
+        assert!(said.contains("cannot be used with"), "{options}: {said}");
+    }
+    for arguments in ["bench --kernels --model m", "bench --batch-gpu 2 --vae v", "info --check --preset 1girl-xs"] {
+        let said = refused(here(&arguments.split(' ').collect::<Vec<_>>()).assert().code(2));
+        assert!(said.contains("cannot be used with"), "{arguments}: {said}");
+    }
+    // Whichever of several would do, all are named.
+    for (arguments, all) in [
+        ("train --data d --outdir o", &["--preset", "--config", "--init"][..]),
+        ("prepare --images i --metadata m --out o", &["--size", "--sizes"]),
+        ("fid --network n --data d", &["--model", "--generated"]),
+    ] {
+        let said = refused(here(&arguments.split(' ').collect::<Vec<_>>()).assert().code(2));
+        assert!(all.iter().all(|option| said.contains(option)), "{said}");
+    }
+    for (arguments, expected) in [
+        ("condition sample --model c.safetensors --out c.npy", "c.npy: found the ending .npy, expected .safetensors"),
+        ("eval --model m --data d --plot l.png", "l.png: found the ending .png, expected .svg"),
+        (
+            "fid --network n --data d --generated g --steps 3",
+            "--generated: its images are there, so no sampler makes them",
+        ),
+    ] {
+        let said = refused_in_one_line(here(&arguments.split(' ').collect::<Vec<_>>()).assert());
+        assert!(said.contains(expected), "{said}");
+    }
+}
+
+#[test]
+fn a_dataset_and_a_run_have_directories_of_their_own() {
+    let shop = gallery();
+    shop.prepare();
+    let (folder, out) = (shop.folder(), shop.settings().out);
+    let config = shop.dir.path().join("net.json");
+    fs::write(&config, r#"{"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "channels_per_head": 8}"#)
+        .unwrap();
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let (data, config, run) = (text(&out), text(&config), text(&shop.dir.path().join("run")));
+    let train = |outdir: &str, more: &[&str]| {
+        let all =
+            ["train", "--data", &data, "--outdir", outdir, "--config", &config, "--duration", "8", "--batch", "8"];
+        here(&[&all, more].concat()).args(["--device", "cpu", "--rampup", "0"]).assert()
+    };
+    let said = refused_in_one_line(train(&data, &[]));
+    assert!(said.contains("a dataset is there, and a run needs a directory of its own"), "{said}");
+    let trained = train(&run, &["--flip", "--cond-dropout", "1"]).success();
+    let said = String::from_utf8_lossy(&trained.get_output().stderr).into_owned();
+    assert!(said.contains("warning: --flip mirrors nothing"), "{said}");
+    assert!(said.contains("warning: --cond-dropout 1 drops every condition"), "{said}");
+    for (out, what) in [(Path::new(&run), "a run is there"), (&folder.images, "the pictures are there")] {
+        let arguments = command_of(&folder, out, &[]);
+        let said = refused_in_one_line(here(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).assert());
+        assert!(said.contains(&format!("{what}, and a dataset needs a directory of its own")), "{said}");
+    }
+    // The last field counted, before.
+    fs::write(shop.dir.path().join("net.json"), r#"{"model_channels": 8, "model_channels": 16}"#).unwrap();
+    let said = refused_in_one_line(train(&text(&shop.dir.path().join("other")), &[]));
+    assert!(said.contains("net.json: duplicate field `model_channels`"), "{said}");
+
+    // A part of a dataset is not taken for all of it.
+    assert_eq!(shop.open(Split::Train).doubt(), None);
+    let lone = Settings { shard_size: 64, part: Part { number: 0, of: 2 }, ..shop.settings() };
+    let lone = Settings { out: shop.dir.path().join("half"), ..lone };
+    prepare(&folder, &lone, None, &|_| ()).unwrap();
+    let doubt = Dataset::open(&lone.out, Split::Train).unwrap().doubt().unwrap();
+    assert!(doubt.contains("nothing tells that the dataset is whole"), "{doubt}");
 }
 
 #[test]
@@ -1113,6 +1209,7 @@ fn unusable_settings_and_metadata_are_named() {
         ("{\"id\": \"one\", \"file\": \"a\", \"tags\": []}", "line 2: id: invalid type: string"),
         ("{\"id\": 1, \"tags\": []}", "line 2: missing field `file`"),
         ("{\"id\": 1, \"file\": \"a\", \"tags\": [\"a,b\"]}", "line 2: a tag: \"a,b\" contains a comma"),
+        ("{\"id\": 1, \"file\": \"a\", \"tags\": [\"\u{feff}red\"]}", "line 2: a tag: "),
         ("{\"id\": -20, \"file\": \"a\", \"tags\": []}", "line 2: id -20 occurs twice"),
     ] {
         let metadata = shop.dir.path().join("bad.jsonl");

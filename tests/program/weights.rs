@@ -514,6 +514,10 @@ fn the_width_of_attention_heads_is_assumed_with_a_warning_or_given() {
         let why = why("bare.pt", config);
         assert!(why.contains(&format!("error: --config net.json: {what}")), "{why}");
     }
+    let model = why("model.safetensors", "{\"num_blocks\": 1}");
+    assert!(model.contains("error: model.safetensors: metadata"), "{model}");
+    let plain = refused(edm2k(dir.path(), &["import", "model.safetensors", "--out", "again.safetensors"]).assert());
+    assert!(plain.contains("model.safetensors: a safetensors file, expected a snapshot"), "{plain}");
     let missing = why("missing.pt", "{}");
     assert!(missing.contains("error: missing.pt: "), "{missing}");
     fs::write(dir.path().join("damaged.pt"), "x").unwrap();

@@ -2,7 +2,7 @@
 
 mod dataset;
 mod parts;
-mod run;
+pub mod run;
 
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -58,7 +58,7 @@ pub struct InfoArgs {
     size: Option<[usize; 2]>,
     /// Read all of a dataset, a shard, a checkpoint or a run's checkpoints and compare it with the checksums that it
     /// was written with
-    #[arg(long, requires = "path")]
+    #[arg(long, requires = "path", conflicts_with = "preset")]
     check: bool,
     /// One JSON object instead of text
     #[arg(long)]

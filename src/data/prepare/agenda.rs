@@ -355,16 +355,22 @@ pub(super) fn check_some_settings(
         },
         None => "none".into(),
     };
-    for key in now.keys().chain(before.keys()).filter(|key| counts(key)) {
-        if !same_setting(before.get(key), now.get(key)) {
-            let (path, found, now) = (path.into(), show(&before, key), show(now, key));
-            return Err(match key == "records" {
-                true => PrepareError::OtherRecords { path, found, now },
-                false => PrepareError::OtherSettings { path, what: key.clone(), found, now },
-            });
+    let added = before.keys().filter(|key| !now.contains_key(*key));
+    let differs = |key: &&String| counts(key) && !same_setting(before.get(*key), now.get(*key));
+    let others: Vec<_> = now.keys().chain(added).filter(differs).collect();
+    let path = path.into();
+    match others[..] {
+        [] => Ok(()),
+        [key] if key == "records" => {
+            Err(PrepareError::OtherRecords { path, found: show(&before, key), now: show(now, key) })
+        }
+        _ => {
+            let of = |key: &&String| format!("{key} {}, now {}", show(&before, key), show(now, key));
+            // Other settings have other records follow.
+            let settings: Vec<_> = others.iter().filter(|key| **key != "records").map(of).collect();
+            Err(PrepareError::OtherSettings { path, differs: settings.join("; ") })
         }
     }
-    Ok(())
 }
 
 /// An error, with `advice`, if a shard was made of other pictures than those that are there `now`. Pictures that are

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use serde_json::{Map, Value};
 
 use super::agenda::{Agenda, COMMON, check_pictures, check_some_settings, count_tags, date, made_with, same_setting};
-use super::records::{Record, Records};
+use super::records::{Listing, Record, Records};
 use super::render::{Conditions, LatentEncoder, feature, print};
 use super::report::{Event, PrepareError, Report, Summary};
 use super::settings::Settings;
@@ -94,6 +94,7 @@ pub fn add(
         let text = format!("tags are renamed in {VOCABULARY_FILE}: new pictures have those that are called as there");
         report(Event::Warning { text: &text });
     }
+    warn_of_unknown_tags(&listing, &there.vocabulary, report);
     pending.begin(|name| agenda.jobs.iter().any(|job| job.name == name))?;
     let path = |name: &str| pending.path(name);
     let existing =
@@ -111,6 +112,19 @@ pub fn add(
         pending.discard()?;
         tally.shards.retain(|name, _| out.join(name).exists());
         tally.finish(&listing, settings, skipped, agenda.vocabulary, &out.join(SUMMARY_FILE))
+    }
+}
+
+/// Says which tags of new pictures are lost, since the vocabulary stays.
+fn warn_of_unknown_tags(listing: &Listing, vocabulary: &Vocabulary, report: Report) {
+    let used: HashSet<u32> = listing.records.iter().flat_map(|record| record.tags.iter().copied()).collect();
+    let mut unknown: Vec<_> =
+        used.into_iter().map(|tag| listing.tags.name(tag)).filter(|name| vocabulary.get(name).is_none()).collect();
+    unknown.sort_unstable();
+    if let Some(first) = unknown.first() {
+        let count = unknown.len();
+        let text = format!("{VOCABULARY_FILE} stays, and lacks {count} of the new pictures' tags, such as {first:?}");
+        report(Event::Warning { text: &text });
     }
 }
 
@@ -177,8 +191,8 @@ fn check_conditions(there: &Shard, new: &Header) -> Result<(), PrepareError> {
         return Ok(());
     }
     let show = |header: &Header| format!("{} values of {}", header.condition_dim, header.conditioning);
-    let (path, what) = (there.file.path().into(), "conditions of".into());
-    Err(PrepareError::OtherSettings { path, what, found: show(old), now: show(new) })
+    let differs = format!("conditions of {}, now {}", show(old), show(new));
+    Err(PrepareError::OtherSettings { path: there.file.path().into(), differs })
 }
 
 /// Whether a picture was dropped for want of a feature that it has now.
@@ -187,7 +201,7 @@ fn has_feature_now(dropped: &Dropped, conditions: &Conditions) -> bool {
     dropped.drop == Drop::NoFeature && features.get(dropped.id).is_some_and(|values| feature(values).is_ok())
 }
 
-/// Gives all images the tags that the records have by now, and new conditions: made of these tags, or the features of
+/// Gives all images the tags, flip and repeats that the records have by now, and new conditions: made of these tags, or the features of
 /// [`Settings::features`]. If the conditions are features and no new ones are given, they stay as they are. The
 /// vocabulary is counted anew, on the dataset's records. Nothing is decoded or encoded; disk space for all shards again is
 /// needed meanwhile.
@@ -241,6 +255,11 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
         report(Event::Warning { text: &text });
     }
     let vocabulary = count_tags(&listing, settings)?;
+    let (then, tags) = (there.vocabulary.tags().len(), vocabulary.tags().len());
+    if tags != then {
+        let text = format!("{VOCABULARY_FILE} has {tags} tags from now on, it had {then}");
+        report(Event::Warning { text: &text });
+    }
     let old = there.shards().next().map(|(.., shard)| &shard.header);
     let kept = old.filter(|header| matches!(conditions, Conditions::Tags) && header.conditioning != Conditioning::Tags);
     if let Some(Header { conditioning, .. }) = kept {

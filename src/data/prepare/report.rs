@@ -36,29 +36,25 @@ pub enum PrepareError {
     NoImages { path: PathBuf },
     #[error("{what} is {found}, expected {expected}")]
     Setting { what: &'static str, found: String, expected: String },
-    #[error(
-        "{}: made before with {what} {found}, now {now}; remove the dataset or choose another \
-         directory", path.display()
-    )]
-    OtherSettings { path: PathBuf, what: String, found: String, now: String },
+    #[error("{}: made before with {differs}; take the settings of before, or another directory", path.display())]
+    OtherSettings { path: PathBuf, differs: String },
     #[error(
         "{}: made when {file} was another picture; {advice}",
         path.display()
     )]
     OtherPicture { path: PathBuf, file: String, advice: &'static str },
     #[error(
-        "{}: made before with records {found}, now {now}; add the pictures that are new, or change tags and \
-         conditions; or remove the dataset, or choose another directory", path.display()
+        "{}: made before with records {found}, now {now}; add the pictures that are new, change tags and conditions, or take \
+         another directory", path.display()
     )]
     OtherRecords { path: PathBuf, found: String, now: String },
     #[error(
-        "{}: {what}; add the pictures that are new, or change tags and conditions; or remove the dataset, or choose \
-         another directory", path.display()
+        "{}: {what}; add the pictures that are new, change tags and conditions, or take another directory", path.display()
     )]
     OtherContent { path: PathBuf, what: String },
     #[error("{}: pictures were added later; go on adding", path.display())]
     Added { path: PathBuf },
-    #[error("{}: no dataset is there, expected one to {to}", dir.display())]
+    #[error("{}: no dataset is there, or its vocabulary.json is missing; expected one to {to}", dir.display())]
     NoDataset { dir: PathBuf, to: &'static str },
     #[error("{}: {lack} for {count} images of the dataset, such as id {id}, expected one for each", path.display())]
     Lacking { path: PathBuf, lack: &'static str, count: usize, id: i64 },

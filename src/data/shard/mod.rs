@@ -237,7 +237,7 @@ pub enum ShardError {
     Header { path: PathBuf, what: String },
     #[error(
         "{}: not the vocabulary of {}, which was made with one of other counts ({expected}, found {found}): it is \
-         damaged or of another dataset; `edm2k prepare` writes it anew where there is none",
+         damaged or of another dataset; `edm2k prepare` writes it anew where there is none, unless the dataset was changed later",
         shard.with_file_name(VOCABULARY_FILE).display(), shard.display()
     )]
     OtherVocabulary { shard: PathBuf, found: Fingerprint, expected: Fingerprint },
