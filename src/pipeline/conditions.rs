@@ -434,7 +434,7 @@ impl Pipeline {
     }
 
     /// The conditions [N, D] of a file: `.npy`, or `.safetensors` with one tensor or one that is named "conditions" or
-    /// "features". Features are divided by their norm.
+    /// "features". Each is divided by its norm.
     ///
     /// # Errors
     /// [`ConditionError`]: the file cannot be read, or its conditions do not suit the model.
@@ -452,8 +452,9 @@ impl Pipeline {
         let features = matches!(self.meta.conditioning, Conditioning::Features { .. });
         let mut conditions = Vec::with_capacity(values.len() / width);
         for (row, values) in values.chunks_mut(width).enumerate() {
-            // As `prepare` does. A feature that has norm 1 already stays the same.
-            if features && !unit_norm(values) {
+            // As `prepare` does, and as tags are laid out: the network has seen no other norm. Zero is no tag, and no feature.
+            let norm = values.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+            if (norm - 1.0).abs() > 1e-3 && !unit_norm(values) && features {
                 return wrong(row, "is zero, which is no feature");
             }
             let origin = [("file", name(path).into()), ("row", row.into())];
@@ -502,12 +503,16 @@ fn read(path: &Path) -> Result<(Vec<usize>, Vec<f32>, Meaning)> {
         (None, Some(made_of)) => serde_json::from_value(json!({"conditioning": made_of, "tags": []})),
         (None, None) => Ok(Meaning::default()),
     };
-    let meaning = meaning.map_err(|why| ConditionError::Meaning { path: path.into(), why: why.to_string() })?;
+    let mut meaning = meaning.map_err(|why| ConditionError::Meaning { path: path.into(), why: why.to_string() })?;
     let names: Vec<_> = file.names().collect();
     let name = match names[..] {
         [one] => one,
         _ if file.contains("features") => "features",
         _ => "conditions",
     };
+    if name == "features" && meaning.conditioning.is_none() {
+        meaning.conditioning =
+            Some(Conditioning::Features { source: String::new(), node: String::new(), fingerprint: None });
+    }
     Ok((file.shape(name)?.to_vec(), file.f32(name)?, meaning))
 }

@@ -796,6 +796,17 @@ fn conditions_come_from_files_and_datasets() {
     bench.sample("--outdir b --conditions c.NPY").success();
     bench.sample("--outdir t --tags cat --tags dog --tags heart").success();
     assert_eq!(bench.about("a/000002.png")["condition"], json!({"file": "c.safetensors", "row": 2}));
+    // Of another norm, which the network has never seen; and what is called features.
+    let twice: Vec<u8> = (0..3).flat_map(row).flat_map(|x| (2.0 * x).to_le_bytes()).collect();
+    safetensors::write(bench.path("x.safetensors"), &[("x", Dtype::F32, &[3, 5], &twice)], &HashMap::new()).unwrap();
+    bench.sample("--outdir doubled --conditions x.safetensors").success();
+    let shown = |name: &str| image::open(bench.path(name)).unwrap();
+    assert!(shown("a/000001.png") == shown("doubled/000001.png"));
+    let ids: Vec<u8> = (0..3i64).flat_map(i64::to_le_bytes).collect();
+    let features: [(&str, Dtype, &[usize], &[u8]); 2] =
+        [("ids", Dtype::I64, &[3], &ids), ("features", Dtype::F32, &[3, 5], &values)];
+    safetensors::write(bench.path("f.safetensors"), &features, &HashMap::new()).unwrap();
+    bench.fails("--outdir featured --conditions f.safetensors", "features");
     // Rows of another file of the same name.
     let turned: Vec<u8> = values.chunks(4).rev().flatten().copied().collect();
     let before = fs::read(bench.path("c.NPY")).unwrap();
