@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 use edm2k::codec::CodecFile;
 use edm2k::collective::{Part, agree_on};
 use edm2k::data::dataset::VOCABULARY_FILE;
-use edm2k::data::prepare::{self, Bucket, Danbooru, Drop, Event, Folder, LatentEncoder, Records, Settings, Summary};
+use edm2k::data::prepare::{
+    self, Bucket, ConditionInput, Danbooru, Drop, Event, Folder, LatentEncoder, Records, Settings, Summary,
+};
 use edm2k::formats::fingerprint::Identity;
 use edm2k::pictures::Size;
 use edm2k::pictures::decode::unapplied;
@@ -263,9 +265,13 @@ fn wanted(args: &PrepareArgs, part: Part) -> (Box<dyn Records>, Settings) {
     let sizes = if args.sizes.is_empty() { vec![args.size.unwrap_or([704, 512])] } else { args.sizes.clone() };
     // At most 65536.
     let sizes = sizes.iter().map(|[height, width]| Size { width: *width as u32, height: *height as u32 }).collect();
+    let conditions = match (args.features.clone(), args.tagger.clone()) {
+        (Some(path), _) => ConditionInput::Features { path, ids: args.feature_ids.clone() },
+        (None, Some(path)) => ConditionInput::Tagger { path, node: args.tagger_node.clone() },
+        (None, None) => ConditionInput::Tags,
+    };
     let settings = Settings {
-        features: args.features.clone().map(|features| (features, args.feature_ids.clone())),
-        tagger: args.tagger.clone().map(|tagger| (tagger, args.tagger_node.clone())),
+        conditions,
         out: args.out.clone(),
         part,
         sizes,

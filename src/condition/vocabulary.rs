@@ -91,7 +91,7 @@ fn suggest(nearest: &[String]) -> String {
 pub enum NoTag {
     #[error("it is empty")]
     Empty,
-    #[error("{0:?} has a space at its end")]
+    #[error("{0:?} begins or ends with a space")]
     Space(String),
     #[error("{0:?} contains a comma")]
     Comma(String),

@@ -35,7 +35,7 @@ pub use domain::{Domain, Mismatch};
 pub use images::Spent;
 pub use images::{Image, Images, Step};
 #[doc(hidden)]
-pub use output::{Kept, OutDir, OutputError};
+pub use output::{Kept, Lacking, OutDir, OutputError};
 pub use request::{Beginning, FewSeeds, NotTwo, Request};
 pub use viewer::Viewer;
 #[cfg(feature = "serve")]

@@ -42,6 +42,15 @@ pub enum OutputError {
 
 type Result<T, E = OutputError> = std::result::Result<T, E>;
 
+/// Why an image, or the latents of a part, are not there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lacking {
+    /// There is no file, or none that says what it is.
+    Missing,
+    /// There is one of something else, and this is how it differs.
+    Differs(String),
+}
+
 /// A directory of images. It has `000007.png` for seed 7, `000007-2.png` for the second image of that seed,
 /// `000007-steps.png` for its steps, and `grid.png` for all. Latents are in `latents.safetensors`, for which each part
 /// leaves a file such as `latents-2-of-3.safetensors`. Other processes may add their seeds meanwhile.
@@ -111,7 +120,8 @@ impl OutDir {
             }
             match about.map(|about| compared(&path, &about)) {
                 Some(Ok(())) => Ok(true),
-                differs => Err(OutputError::Exists { path, differs: differs.and_then(Result::err).flatten() }),
+                Some(Err(Lacking::Differs(how))) => Err(OutputError::Exists { path, differs: Some(how) }),
+                Some(Err(Lacking::Missing)) | None => Err(OutputError::Exists { path, differs: None }),
             }
         };
         if kept == Kept::Latents {
@@ -152,7 +162,7 @@ impl OutDir {
         let save = |picture: &Picture, name: String, infotext: Option<&str>| {
             let path = self.dir.join(name);
             if !self.overwrite && path.symlink_metadata().is_ok() {
-                return if says(&path, &image.about) { Ok(()) } else { Err(OutputError::Meanwhile { path }) };
+                return compared(&path, &image.about).map_err(|_| OutputError::Meanwhile { path });
             }
             Ok(picture.save(&path, &text_of(&about, infotext))?)
         };
@@ -166,14 +176,14 @@ impl OutDir {
         if steps.is_empty() { Ok(()) } else { save(&Picture::grid(steps, steps.len()), steps_name(own), None) }
     }
 
-    /// Whether some process has written image `number` with the parameters `about`. Of a file with others, how they differ.
+    /// Whether some process has written image `number` with the parameters `about`.
     ///
     /// # Errors
-    /// How they differ; nothing if there is none.
+    /// [`Lacking`]: not so.
     ///
     /// # Panics
     /// If there is no such image.
-    pub fn has(&self, number: usize, about: &Value) -> Result<(), Option<String>> {
+    pub fn has(&self, number: usize, about: &Value) -> Result<(), Lacking> {
         compared(&self.dir.join(picture_name(&self.names[number])), about)
     }
 
@@ -204,7 +214,7 @@ impl OutDir {
             1 => self.dir.join("grid.png"),
             _ => self.dir.join(format!("grid-{number}.png")),
         };
-        let free = |path: &PathBuf| self.overwrite || path.symlink_metadata().is_err() || says(path, about);
+        let free = |path: &PathBuf| self.overwrite || path.symlink_metadata().is_err() || compared(path, about).is_ok();
         let path = (1..).map(name).find(free).unwrap_or_default();
         Picture::grid(pictures, columns).save(&path, &text_of(&about.to_string(), None))?;
         Ok(path)
@@ -248,14 +258,14 @@ impl OutDir {
     ///
     /// # Panics
     /// If `own` goes beyond the seeds.
-    pub fn latents(&self, part: Part, own: Range<usize>, about: &Value) -> Result<SafeFile, Option<String>> {
-        let file = SafeFile::open(self.dir.join(latents_name(part))).map_err(|_| None)?;
+    pub fn latents(&self, part: Part, own: Range<usize>, about: &Value) -> Result<SafeFile, Lacking> {
+        let file = SafeFile::open(self.dir.join(latents_name(part))).map_err(|_| Lacking::Missing)?;
         let (ours, theirs) = (about.to_string(), file.metadata().get("edm2k").cloned().unwrap_or_default());
-        let seeds = file.i64("seeds").map_err(|_| None)?;
+        let seeds = file.i64("seeds").map_err(|_| Lacking::Missing)?;
         match seeds.iter().map(|&seed| seed as u64).eq(self.seeds[own].iter().copied()) {
             true if ours == theirs => Ok(file),
-            true => Err(Some(differing_texts(&ours, &theirs))),
-            false => Err(Some("other seeds".into())),
+            true => Err(Lacking::Differs(differing_texts(&ours, &theirs))),
+            false => Err(Lacking::Differs("other seeds".into())),
         }
     }
 
@@ -326,22 +336,17 @@ impl OutDir {
     }
 }
 
-/// Whether a PNG carries these parameters, and is whole; else how it differs, if that is known.
-fn compared(path: &Path, about: &Value) -> Result<(), Option<String>> {
-    let texts = png::read_text(path).map_err(|_| None)?;
-    let text = |key: &str| texts.iter().find(|(name, _)| name == key).map(|(_, text)| text);
-    let (ours, theirs, software) = (about.to_string(), text("edm2k").ok_or(None)?, text("Software").ok_or(None)?);
-    match *theirs == ours {
-        _ if software != SOFTWARE => Err(Some(format!("made by {software}"))),
-        false => Err(Some(differing_texts(&ours, theirs))),
-        true if png::is_whole(path) => Ok(()),
-        true => Err(Some("its end is missing".into())),
-    }
-}
-
-/// The same in one word.
-fn says(path: &Path, about: &Value) -> bool {
-    compared(path, about).is_ok()
+/// Whether a PNG carries these parameters, and is whole.
+fn compared(path: &Path, about: &Value) -> Result<(), Lacking> {
+    let texts = png::read_text(path).map_err(|_| Lacking::Missing)?;
+    let text = |key: &str| texts.iter().find(|(name, _)| name == key).map(|(_, text)| text).ok_or(Lacking::Missing);
+    let (ours, theirs, software) = (about.to_string(), text("edm2k")?, text("Software")?);
+    Err(Lacking::Differs(match *theirs == ours {
+        _ if software != SOFTWARE => format!("made by {software}"),
+        false => differing_texts(&ours, theirs),
+        true if png::is_whole(path) => return Ok(()),
+        true => "its end is missing".into(),
+    }))
 }
 
 const LATENTS: &str = "latents.safetensors";

@@ -16,7 +16,9 @@ use edm2k::collective::Part;
 use edm2k::condition::Conditioning;
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
 use edm2k::data::dataset::{Dataset, Representation, Split};
-use edm2k::data::prepare::{Counts, Drop, Drops, Event, Folder, PrepareError, Settings, Summary, add, prepare, retag};
+use edm2k::data::prepare::{
+    ConditionInput, Counts, Drop, Drops, Event, Folder, PrepareError, Settings, Summary, add, prepare, retag,
+};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::pictures::Size;
 use edm2k::pictures::decode::decode;
@@ -61,8 +63,7 @@ impl Workshop {
 
     fn settings(&self) -> Settings {
         Settings {
-            features: None,
-            tagger: None,
+            conditions: ConditionInput::Tags,
             out: self.dir.path().join("out"),
             part: Part::WHOLE,
             sizes: vec![Size { width: 16, height: 16 }],
@@ -655,9 +656,9 @@ fn what_does_not_fit_a_dataset_is_not_added_to_it() {
     refused(Settings { validation_modulus: 11, ..shop.settings() }, "validation-modulus 10, now 11");
     let ids: Vec<i64> = (-20..210).collect();
     write_features(shop.dir.path(), &ids, 4, &vec![1.0; 4 * ids.len()], None);
-    let features = Some((shop.dir.path().join("full.safetensors"), None));
+    let conditions = of_file(shop.dir.path().join("full.safetensors"), None);
     refused(
-        Settings { features, ..shop.settings() },
+        Settings { conditions, ..shop.settings() },
         "made before with conditions of 4 values of tags, now 4 values of",
     );
     let nowhere = Settings { out: shop.dir.path().join("nowhere"), ..shop.settings() };
@@ -855,8 +856,8 @@ fn tags_and_conditions_are_changed_without_the_pictures() {
     let ids: Vec<i64> = before.iter().map(|image| image.0).collect();
     let values: Vec<f32> = (0..6 * ids.len()).map(|i| (i % 7) as f32 + 1.0).collect();
     write_features(shop.dir.path(), &ids, 6, &values, None);
-    let features = Some((shop.dir.path().join("full.safetensors"), None));
-    let with = Settings { features, ..settings.clone() };
+    let conditions = of_file(shop.dir.path().join("full.safetensors"), None);
+    let with = Settings { conditions, ..settings.clone() };
     retag(&other, &with, &|_| ()).unwrap();
     let data = shop.open(Split::Train);
     assert!(matches!(data.header().conditioning, Conditioning::Features { .. }) && data.condition_dim() == 6);
@@ -997,7 +998,7 @@ fn a_picture_without_a_usable_feature_is_taken_once_it_has_one() {
         let values: Vec<f32> = ids.iter().map(|&id| if id == 19 { of_19 } else { 2.0 }).collect();
         write_features(shop.dir.path(), &ids, 1, &values, None);
     };
-    let settings = Settings { features: Some((shop.dir.path().join("full.safetensors"), None)), ..shop.settings() };
+    let settings = Settings { conditions: of_file(shop.dir.path().join("full.safetensors"), None), ..shop.settings() };
     let adds = || {
         let summary = add(&shop.folder(), &settings, None, &|_| ()).unwrap();
         (summary.dropped.0.get(&Drop::NoFeature).copied(), shop.open(Split::Train).find(19).is_some())
@@ -1381,6 +1382,11 @@ fn a_codec_that_does_not_fit_is_refused_in_one_line() {
 
 // ---- conditions from features ----
 
+/// Conditions that are the features of a file.
+fn of_file(path: PathBuf, ids: Option<PathBuf>) -> ConditionInput {
+    ConditionInput::Features { path, ids }
+}
+
 /// Writes features: of F16 and F32 in safetensors, of F32 in npy with their ids.
 fn write_features(dir: &Path, ids: &[i64], width: usize, values: &[f32], about: Option<&str>) {
     let shape = [ids.len(), width];
@@ -1419,8 +1425,8 @@ fn features_take_the_place_of_tags_and_have_norm_1() {
     let features = [("half.safetensors", None), ("full.safetensors", None), ("features.npy", Some("ids.npy"))];
     for (name, ids_name) in features {
         let out = dir.join(format!("{name}-out"));
-        let features = Some((dir.join(name), ids_name.map(|name| dir.join(name))));
-        let settings = Settings { features, out: out.clone(), ..shop.settings() };
+        let conditions = of_file(dir.join(name), ids_name.map(|name| dir.join(name)));
+        let settings = Settings { conditions, out: out.clone(), ..shop.settings() };
         let summary = prepare(&shop.folder(), &settings, None, &|_| ()).unwrap();
         let kept: usize = summary.splits.iter().map(|(_, counts)| counts.kept).sum();
         // Of the 40 pictures six have an id that 7 divides; the broken one's id, 1002, is unknown here.
@@ -1452,7 +1458,7 @@ fn features_take_the_place_of_tags_and_have_norm_1() {
     assert!(text("features.npy-out").contains("conditions are features\n"));
     // The file is part of what a shard depends on.
     let out = dir.join("half.safetensors-out");
-    let settings = Settings { features: Some((dir.join("full.safetensors"), None)), out, ..shop.settings() };
+    let settings = Settings { conditions: of_file(dir.join("full.safetensors"), None), out, ..shop.settings() };
     let error = prepare(&shop.folder(), &settings, None, &|_| ()).unwrap_err().to_string();
     assert!(error.contains("made before with features half.safetensors ("), "{error}");
 }
@@ -1461,10 +1467,11 @@ fn features_take_the_place_of_tags_and_have_norm_1() {
 fn unusable_features_are_named() {
     let shop = gallery();
     let dir = shop.dir.path();
-    let fails = |features: &str, ids: Option<&str>, expected: &str| {
-        let features = Some((dir.join(features), ids.map(|ids| dir.join(ids))));
-        let error =
-            prepare(&shop.folder(), &Settings { features, ..shop.settings() }, None, &|_| ()).unwrap_err().to_string();
+    let fails = |file: &str, ids: Option<&str>, expected: &str| {
+        let conditions = of_file(dir.join(file), ids.map(|ids| dir.join(ids)));
+        let error = prepare(&shop.folder(), &Settings { conditions, ..shop.settings() }, None, &|_| ())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(expected), "{error}\nexpected {expected}");
     };
     write_features(dir, &[1, 4], 3, &[1.0; 6], None);

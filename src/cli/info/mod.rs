@@ -21,7 +21,7 @@ use edm2k::codec::CodecFile;
 use edm2k::condition::Conditioning;
 use edm2k::condition::vae::{self, Vae};
 use edm2k::data::dataset::{DatasetError, Header};
-use edm2k::formats::{At, ends_in, input, weights};
+use edm2k::formats::{At, ends_in, input, short, weights};
 use edm2k::model::config::preset;
 use edm2k::model::{Config, Model, ModelMeta, Precond};
 use edm2k::params::ParamTable;
@@ -168,7 +168,7 @@ impl<'a> NetworkReport<'a> {
                 out!("trained on     {} images", meta.images_seen);
             }
             if let Some(share) = meta.cond_dropout.filter(|_| self.config.label_dim > 0) {
-                out!("guidance       {share} of the last images had no condition (--cond-dropout)");
+                out!("guidance       {} % of the last images had no condition (--cond-dropout)", short(100.0 * share));
             }
             if let Some(data) = meta.data {
                 out!("data           {data} (fingerprint of the training split)");

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use edm2k::collective::Part;
 use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::pictures::Picture;
-use edm2k::pipeline::{Image, Kept, OutDir, PipelineError, Request, Step};
+use edm2k::pipeline::{Image, Kept, Lacking, OutDir, PipelineError, Request, Step};
 
 use super::{Resolved, SampleArgs};
 use crate::cli::ranks::Ranks;
@@ -235,9 +235,6 @@ struct Parts<'a> {
     args: &'a SampleArgs,
 }
 
-/// An image that is not there, by its number; of a file of something else, how that differs.
-type Lacking = (usize, Option<String>);
-
 impl Parts<'_> {
     /// The pictures of all parts that the grid is made of, for the process that makes it; this one has `made` some.
     fn gathered(
@@ -248,7 +245,8 @@ impl Parts<'_> {
     ) -> anyhow::Result<Option<Vec<Picture>>> {
         let Self { request, part, out, .. } = self;
         let lacks = |number: usize| Some((number, out.has(number, &request.about(common, number)).err()?));
-        let mut lacking = |part: Part| -> Vec<Lacking> { images_of(part, request).filter_map(lacks).collect() };
+        let mut lacking =
+            |part: Part| -> Vec<(usize, Lacking)> { images_of(part, request).filter_map(lacks).collect() };
         if part.of > 1 && !self.ends(ranks, &mut lacking)? {
             return Ok(None);
         }
@@ -272,7 +270,7 @@ impl Parts<'_> {
             let own = images_of(part, request);
             out.latents(part, own.clone(), about).map_or(true, |file| out.holds(&all, own, &file).unwrap_or(false))
         };
-        let mut lacking = |part: Part| -> Vec<Lacking> {
+        let mut lacking = |part: Part| -> Vec<(usize, Lacking)> {
             let own = images_of(part, request);
             match out.latents(part, own.clone(), about) {
                 Ok(file) => files.push(file),
@@ -287,13 +285,13 @@ impl Parts<'_> {
 
     /// Whether this process finds all parts there, and so is to make of them what one process would make. That is rank
     /// 0, or whichever part finds that no part is `lacking` images. Otherwise it prints which parts are missing.
-    fn ends(self, ranks: &mut Ranks, lacking: &mut dyn FnMut(Part) -> Vec<Lacking>) -> anyhow::Result<bool> {
+    fn ends(self, ranks: &mut Ranks, lacking: &mut dyn FnMut(Part) -> Vec<(usize, Lacking)>) -> anyhow::Result<bool> {
         let Self { request, part, args, .. } = self;
         ranks.met().barrier()?;
         if !ranks.first() {
             return Ok(false);
         }
-        let lacking: Vec<(Part, Vec<Lacking>)> =
+        let lacking: Vec<(Part, Vec<(usize, Lacking)>)> =
             Part::all(part.of).map(|part| (part, lacking(part))).filter(|(_, images)| !images.is_empty()).collect();
         let Some((first, images)) = lacking.first() else { return Ok(true) };
         let (dir, count) = (args.outdir.display(), lacking.iter().map(|(_, images)| images.len()).sum::<usize>());
@@ -303,11 +301,14 @@ impl Parts<'_> {
             request.seeds[images[0].0],
             first.number
         );
-        let named =
-            lacking.iter().map(|(part, images)| match images.iter().find_map(|(_, differs)| differs.as_ref()) {
-                Some(differs) => format!("{part} (of something else: {differs})"),
-                None => part.to_string(),
-            });
+        let differs = |(_, why): &(usize, Lacking)| match why {
+            Lacking::Differs(how) => Some(how.clone()),
+            Lacking::Missing => None,
+        };
+        let named = lacking.iter().map(|(part, images)| match images.iter().find_map(differs) {
+            Some(how) => format!("{part} (of something else: {how})"),
+            None => part.to_string(),
+        });
         out!(
             "{} images of {}: {dir}. {count} are still missing, of part {}",
             images_of(part, request).len(),

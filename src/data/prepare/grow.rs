@@ -15,7 +15,7 @@ use super::agenda::{Agenda, COMMON, check_pictures, check_some_settings, count_t
 use super::records::{Listing, Record, Records};
 use super::render::{Conditions, LatentEncoder, feature, print};
 use super::report::{Event, PrepareError, Report, Summary};
-use super::settings::Settings;
+use super::settings::{ConditionInput, Settings};
 use super::there::There;
 use super::{Tally, listed, make, owned, rendering};
 use crate::condition::Conditioning;
@@ -42,7 +42,7 @@ pub fn add(
     let out = &settings.out;
     let (_lock, pending) = owned(records, settings, codec.as_ref(), report)?;
     let there = There::open(out, "add to")?;
-    let conditions = Conditions::open(settings)?;
+    let conditions = Conditions::open(&settings.conditions)?;
     let mut listing = listed(records, settings, report)?;
     let now = made_with(None, settings, records.enlarge(), codec.as_ref(), &conditions);
     for (.., shard) in there.shards() {
@@ -202,7 +202,7 @@ fn has_feature_now(dropped: &Dropped, conditions: &Conditions) -> bool {
 }
 
 /// Gives all images the tags, flip and repeats that the records have by now, and new conditions: made of these tags, or the features of
-/// [`Settings::features`]. If the conditions are features and no new ones are given, they stay as they are. The
+/// [`Settings::conditions`]. If the conditions are features and no new ones are given, they stay as they are. The
 /// vocabulary is counted anew, on the dataset's records. Nothing is decoded or encoded; disk space for all shards again is
 /// needed meanwhile.
 ///
@@ -212,7 +212,7 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     let out = &settings.out;
     let (_lock, pending) = owned(records, settings, None, report)?;
     let there = There::open(out, "change the tags of")?;
-    let conditions = Conditions::open(settings)?;
+    let conditions = Conditions::open(&settings.conditions)?;
     let mut listing = listed(records, settings, report)?;
     let ids = || there.shards().flat_map(|(.., shard)| &shard.ids).copied();
     let all_have = |path: &Path, lack, has: &dyn Fn(i64) -> bool| {
@@ -224,7 +224,7 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     };
     let known: HashSet<i64> = listing.records.iter().map(|record| record.id).collect();
     all_have(records.metadata(), "no record", &|id| known.contains(&id))?;
-    if let (Conditions::Known(features), Some((path, _))) = (&conditions, &settings.features) {
+    if let (Conditions::Known(features), ConditionInput::Features { path, .. }) = (&conditions, &settings.conditions) {
         all_have(path, "no feature", &|id| features.get(id).is_some_and(|values| feature(values).is_ok()))?;
     }
     let mut now = made_with(None, settings, records.enlarge(), None, &conditions);

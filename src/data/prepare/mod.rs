@@ -22,7 +22,7 @@
 //! A dataset that is there can [grow](add), and its tags and conditions can be [changed](retag) without encoding again.
 //!
 //! ```
-//! use edm2k::data::prepare::{Folder, Part, Settings, prepare};
+//! use edm2k::data::prepare::{ConditionInput, Folder, Part, Settings, prepare};
 //! use edm2k::pictures::{Picture, Size};
 //!
 //! let dir = tempfile::tempdir()?;
@@ -30,8 +30,7 @@
 //! let metadata = dir.path().join("a.jsonl");
 //! std::fs::write(&metadata, r#"{"id": 7, "file": "a.png", "tags": ["grey"]}"#)?;
 //! let settings = Settings {
-//!     features: None,
-//!     tagger: None,
+//!     conditions: ConditionInput::Tags,
 //!     out: dir.path().join("data"),
 //!     part: Part::WHOLE,
 //!     sizes: vec![Size { width: 16, height: 16 }],
@@ -72,7 +71,7 @@ pub use grow::{add, retag};
 pub use records::{Listing, Location, Record, Records, TagTable};
 pub use render::LatentEncoder;
 pub use report::{Bucket, Counts, Event, PrepareError, Report, Summary};
-pub use settings::Settings;
+pub use settings::{ConditionInput, Settings};
 
 use super::dataset::Split;
 use super::pending::Pending;
@@ -100,7 +99,7 @@ pub fn prepare(
     let out = &settings.out;
     let (_lock, _) = owned(records, settings, codec.as_ref(), report)?;
     let part = settings.part;
-    let conditions = Conditions::open(settings)?;
+    let conditions = Conditions::open(&settings.conditions)?;
     let mut listing = listed(records, settings, report)?;
     conditions.select(&mut listing);
     let mut tally = Tally { dropped: std::mem::take(&mut listing.dropped), ..Tally::default() };

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::records::{Listing, Record};
 use super::report::{Event, PrepareError, Report};
-use super::settings::Settings;
+use super::settings::{ConditionInput, Settings};
 use crate::codec::{Autoencoder, CodecError, CodecFile, LATENTS};
 use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::Vocabulary;
@@ -57,11 +57,11 @@ pub(super) enum Conditions {
 }
 
 impl Conditions {
-    pub fn open(settings: &Settings) -> Result<Self, PrepareError> {
-        Ok(match (&settings.features, &settings.tagger) {
-            (Some((path, ids)), _) => Self::Known(Features::open(path, ids.as_deref())?.into()),
-            (None, Some((path, node))) => Self::Tagger(Tagger::open(path, node.as_deref())?),
-            (None, None) => Self::Tags,
+    pub fn open(source: &ConditionInput) -> Result<Self, PrepareError> {
+        Ok(match source {
+            ConditionInput::Tags => Self::Tags,
+            ConditionInput::Features { path, ids } => Self::Known(Features::open(path, ids.as_deref())?.into()),
+            ConditionInput::Tagger { path, node } => Self::Tagger(Tagger::open(path, node.as_deref())?),
         })
     }
 

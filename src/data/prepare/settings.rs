@@ -10,13 +10,24 @@ use crate::pictures::Size;
 #[cfg(doc)]
 use crate::pictures::fit;
 
+/// What conditions are made of.
+#[derive(Debug, Clone)]
+pub enum ConditionInput {
+    /// The images' tags.
+    Tags,
+    /// A file of conditions by image id; if it is a `.npy`, `ids` is the file of the ids.
+    #[allow(missing_docs)] // the variant says it
+    Features { path: PathBuf, ids: Option<PathBuf> },
+    /// Features that a tagger makes of the images; `node` is the tensor that has them.
+    #[allow(missing_docs)] // the variant says it
+    Tagger { path: PathBuf, node: Option<String> },
+}
+
 /// What to make of the records.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// A file of conditions by image id, to take instead of tags; and if it is a `.npy`, the file of the ids.
-    pub features: Option<(PathBuf, Option<PathBuf>)>,
-    /// The tagger whose features of the images are the conditions, and the name of the tensor that has them.
-    pub tagger: Option<(PathBuf, Option<String>)>,
+    /// What conditions are made of.
+    pub conditions: ConditionInput,
     /// Directory of the dataset; created if it is missing.
     pub out: PathBuf,
     /// Which of the shards to make: every `of`th, from `number` on. A process that finds the shards of all other parts
