@@ -4,9 +4,9 @@ use std::error::Error;
 
 use edm2k::DeviceError;
 use edm2k::backend::gpu::runtime::PARAMETERS;
-use edm2k::data::prepare::{Drop, PrepareError};
+use edm2k::data::prepare::{DropReason, PrepareError};
 use edm2k::model::ModelError;
-use edm2k::model::file::Instead;
+use edm2k::model::file::OtherFile;
 use edm2k::pipeline::{ConditionError, OutputError};
 use edm2k::train::TrainError;
 
@@ -48,8 +48,8 @@ fn advice(error: &(dyn Error + 'static)) -> Option<&'static str> {
     match error.downcast_ref() {
         Some(ModelError::Checkpoint { .. }) => return Some("`edm2k export --from-checkpoint` makes a model of it"),
         Some(ModelError::Heads { .. }) => return Some("`edm2k import --config` sets the width"),
-        Some(ModelError::Other { what: Instead::ConditionModel, .. }) => return Some("--condition-model takes it"),
-        Some(ModelError::Other { what: Instead::Autoencoder, .. }) => return Some("--vae takes it"),
+        Some(ModelError::Other { what: OtherFile::ConditionModel, .. }) => return Some("--condition-model takes it"),
+        Some(ModelError::Other { what: OtherFile::Autoencoder, .. }) => return Some("--vae takes it"),
         _ => {}
     }
     match error.downcast_ref() {
@@ -61,7 +61,7 @@ fn advice(error: &(dyn Error + 'static)) -> Option<&'static str> {
     match error.downcast_ref()? {
         PrepareError::OtherRecords { .. } => Some("--add, --retag and --out do that"),
         PrepareError::Added { .. } => Some("--add does that"),
-        PrepareError::NothingKept { dropped, .. } if dropped.0.contains_key(&Drop::Cropped) => {
+        PrepareError::NothingKept { dropped, .. } if dropped.0.contains_key(&DropReason::Cropped) => {
             Some("a larger --max-crop keeps more")
         }
         PrepareError::Memory(_) => Some("--shard-size sets how large they are"),

@@ -126,12 +126,12 @@ pub fn run(args: FidArgs) -> anyhow::Result<()> {
 
     let all = references.count + count;
     let bar = say::bar(all as u64, "{msg} {human_pos} of {human_len} images, {per_sec}, {eta} left");
-    let mut look = Look { path: &args.network, wanted, networks, bar: &bar };
+    let mut extractor = FeatureExtractor { path: &args.network, wanted, networks, bar: &bar };
     let started = Instant::now();
-    let dataset = references.moments(&mut look, &mut viewer)?;
+    let dataset = references.moments(&mut extractor, &mut viewer)?;
     let made = match source {
-        Source::Files(files) => of_files(&files, &mut look)?,
-        Source::Model(mut pipeline) => references.of_model(&mut pipeline, count, &mut look, &mut viewer)?,
+        Source::Files(files) => of_files(&files, &mut extractor)?,
+        Source::Model(mut pipeline) => references.of_model(&mut pipeline, count, &mut extractor, &mut viewer)?,
     };
     bar.finish_and_clear();
     let rate = all as f64 / started.elapsed().as_secs_f64();
@@ -221,13 +221,13 @@ impl References<'_> {
     }
 
     /// The features of the dataset's images.
-    fn moments(&self, look: &mut Look, viewer: &mut Viewer) -> anyhow::Result<FeatureStatistics> {
-        look.bar.set_message("dataset:");
-        let mut moments = FeatureStatistics::new(look.networks[0].width());
+    fn moments(&self, extractor: &mut FeatureExtractor, viewer: &mut Viewer) -> anyhow::Result<FeatureStatistics> {
+        extractor.bar.set_message("dataset:");
+        let mut moments = FeatureStatistics::new(extractor.networks[0].width());
         for first in (0..self.count).step_by(CHUNK) {
             let chunk: Vec<usize> = (first..self.count.min(first + CHUNK)).collect();
             let pictures = chunk.iter().map(|&i| self.picture(i, viewer)).collect::<Result<Vec<_>, _>>()?;
-            look.at(&mut moments, &pictures, &chunk, "the dataset")?;
+            extractor.add(&mut moments, &pictures, &chunk, "the dataset")?;
         }
         Ok(moments)
     }
@@ -237,11 +237,11 @@ impl References<'_> {
         &self,
         pipeline: &mut Pipeline,
         count: usize,
-        look: &mut Look,
+        extractor: &mut FeatureExtractor,
         viewer: &mut Viewer,
     ) -> anyhow::Result<FeatureStatistics> {
-        look.bar.set_message("sampling:");
-        let mut moments = FeatureStatistics::new(look.networks[0].width());
+        extractor.bar.set_message("sampling:");
+        let mut moments = FeatureStatistics::new(extractor.networks[0].width());
         let mut by_size: BTreeMap<[usize; 2], Vec<usize>> = BTreeMap::new();
         (0..count).for_each(|number| by_size.entry(self.size(number % self.count)).or_default().push(number));
         for (size, all) in &by_size {
@@ -249,7 +249,7 @@ impl References<'_> {
                 let images = pipeline.generate(&self.request(pipeline, numbers))?;
                 let pictures = images.iter().map(|image| viewer.picture(*size, &image.values));
                 let pictures: Vec<Picture> = pictures.collect::<Result<_, _>>()?;
-                look.at(&mut moments, &pictures, numbers, "those made")?;
+                extractor.add(&mut moments, &pictures, numbers, "those made")?;
             }
         }
         Ok(moments)
@@ -257,13 +257,13 @@ impl References<'_> {
 }
 
 /// The features of pictures that are there.
-fn of_files(files: &[PathBuf], look: &mut Look) -> anyhow::Result<FeatureStatistics> {
-    look.bar.set_message("generated:");
-    let mut moments = FeatureStatistics::new(look.networks[0].width());
+fn of_files(files: &[PathBuf], extractor: &mut FeatureExtractor) -> anyhow::Result<FeatureStatistics> {
+    extractor.bar.set_message("generated:");
+    let mut moments = FeatureStatistics::new(extractor.networks[0].width());
     for (number, chunk) in files.chunks(CHUNK).enumerate() {
         let pictures: Vec<Picture> = chunk.par_iter().map(|file| open(file)).collect::<anyhow::Result<_>>()?;
         let numbers: Vec<usize> = (number * CHUNK..).take(chunk.len()).collect();
-        look.at(&mut moments, &pictures, &numbers, "those generated")?;
+        extractor.add(&mut moments, &pictures, &numbers, "those generated")?;
     }
     Ok(moments)
 }
@@ -322,16 +322,16 @@ fn of_size<'a>(
 }
 
 /// The network whose features are compared, for each size of pictures that it was given, and the progress bar.
-struct Look<'a> {
+struct FeatureExtractor<'a> {
     path: &'a Path,
     wanted: FeatureTensor<'a>,
     networks: Vec<OnnxNetwork>,
     bar: &'a ProgressBar,
 }
 
-impl Look<'_> {
+impl FeatureExtractor<'_> {
     /// Adds the features of pictures: RGB from 0 to 255. Errors name them by `numbers` and `what`.
-    fn at(
+    fn add(
         &mut self,
         moments: &mut FeatureStatistics,
         pictures: &[Picture],

@@ -13,7 +13,7 @@ use edm2k::codec::CodecFile;
 use edm2k::collective::{Part, agree_on};
 use edm2k::data::dataset::VOCABULARY_FILE;
 use edm2k::data::prepare::{
-    self, Bucket, ConditionInput, Danbooru, Drop, Event, Folder, LatentEncoder, Records, Settings, Summary,
+    self, Bucket, ConditionInput, Danbooru, DropReason, Event, Folder, LatentEncoder, Records, Settings, Summary,
 };
 use edm2k::formats::fingerprint::Identity;
 use edm2k::pictures::Size;
@@ -384,7 +384,7 @@ fn shown(settings: &Settings, summary: &Summary, skipped: &str) -> String {
     }
     for (number, (drop, count)) in summary.dropped.0.iter().enumerate() {
         let head = if number == 0 { "dropped" } else { "" };
-        let advice = if *drop == Drop::Cropped { " (a larger --max-crop keeps more)" } else { "" };
+        let advice = if *drop == DropReason::Cropped { " (a larger --max-crop keeps more)" } else { "" };
         lines.push(format!("  {head:10} {count:>8} {drop}{advice}"));
     }
     if summary.unusable_tags > 0 {

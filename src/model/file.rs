@@ -178,7 +178,7 @@ pub enum ModelError {
     Given { path: PathBuf, what: String },
     /// It is something else.
     #[error("{}: {what}, expected a model of images", path.display())]
-    Other { path: PathBuf, what: Instead },
+    Other { path: PathBuf, what: OtherFile },
     /// It holds more than a model.
     #[error("{}: a checkpoint of a run, expected a model of images", path.display())]
     Checkpoint { path: PathBuf },
@@ -196,12 +196,12 @@ pub enum ModelError {
 /// What a file that is no model of images may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)] // the names say it
-pub enum Instead {
+pub enum OtherFile {
     ConditionModel,
     Autoencoder,
 }
 
-impl fmt::Display for Instead {
+impl fmt::Display for OtherFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::ConditionModel => "a condition model",
@@ -281,7 +281,7 @@ impl ModelFile {
             }
             Some(config) => json::read(config).map_err(|e| metadata("config", e.to_string()))?,
             None => {
-                let missing = || match what_instead(&file) {
+                let missing = || match other_file(&file) {
                     Some(what) => ModelError::Other { path: path.into(), what },
                     None => metadata("config", "it is missing, so this is not a model file".into()),
                 };
@@ -545,10 +545,10 @@ impl<'a> ModelWriter<'a> {
 }
 
 /// What a file is that is not a model, as far as its tensors and metadata tell.
-fn what_instead(file: &SafeFile) -> Option<Instead> {
+fn other_file(file: &SafeFile) -> Option<OtherFile> {
     match file {
-        _ if vae::is_one(file) => Some(Instead::ConditionModel),
-        _ if CodecFile::is_one(file) => Some(Instead::Autoencoder),
+        _ if vae::is_one(file) => Some(OtherFile::ConditionModel),
+        _ if CodecFile::is_one(file) => Some(OtherFile::Autoencoder),
         _ => None,
     }
 }

@@ -144,7 +144,7 @@ type Watcher<'a> = dyn FnMut(&mut Step) -> Result<(), PipelineError> + 'a;
 
 /// Where the time went that images took.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Spent {
+pub struct Timings {
     /// In the network, from noise to images in model space.
     pub sampling: Duration,
     /// Making pictures of those.
@@ -161,7 +161,7 @@ pub struct Images<'a> {
     left: VecDeque<Range<usize>>,
     /// Images of the current batch that were made and not yet handed out.
     made: VecDeque<(usize, Vec<f32>)>,
-    spent: Spent,
+    spent: Timings,
 }
 
 debug!(Images<'_> { left });
@@ -169,7 +169,7 @@ debug!(Images<'_> { left });
 impl<'a> Images<'a> {
     /// Of a request that was checked, on a pipeline that is ready; `common` is what all images say of themselves.
     pub(super) fn new(pipeline: &'a mut Pipeline, request: &'a Request, common: Value) -> Self {
-        let (made, spent) = (VecDeque::new(), Spent::default());
+        let (made, spent) = (VecDeque::new(), Timings::default());
         let images = Self { pipeline, request, common, watch: None, left: VecDeque::new(), made, spent };
         images.only(std::iter::once(0..request.seeds.len()))
     }
@@ -193,7 +193,7 @@ impl<'a> Images<'a> {
 
     /// Where the time went so far.
     #[doc(hidden)]
-    pub fn spent(&self) -> Spent {
+    pub fn spent(&self) -> Timings {
         self.spent
     }
 

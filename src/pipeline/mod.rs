@@ -32,10 +32,10 @@ pub use conditions::{Condition, ConditionError};
 pub use domain::learned_from;
 pub use domain::{Domain, Mismatch};
 #[doc(hidden)]
-pub use images::Spent;
+pub use images::Timings;
 pub use images::{Image, Images, Step};
 #[doc(hidden)]
-pub use output::{Kept, Lacking, OutDir, OutputError};
+pub use output::{Lacking, OutDir, OutputError, OutputKind};
 pub use request::{Beginning, FewSeeds, NotTwo, Request};
 pub use viewer::Viewer;
 #[cfg(feature = "serve")]

@@ -75,7 +75,7 @@ debug!(OutDir { dir });
 
 /// What is written of each image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kept {
+pub enum OutputKind {
     /// A picture.
     Pictures,
     /// A picture, and one of its steps.
@@ -108,7 +108,7 @@ impl OutDir {
     ///
     /// # Panics
     /// If `own` goes beyond the seeds.
-    pub fn claim(&mut self, own: Range<usize>, kept: Kept, about: impl Fn(usize) -> Value) -> Result<()> {
+    pub fn claim(&mut self, own: Range<usize>, kept: OutputKind, about: impl Fn(usize) -> Value) -> Result<()> {
         // Whether a file has these parameters; an error if it is in the way.
         let is_there = |name: String, about: Option<Value>| {
             let path = self.dir.join(name);
@@ -124,7 +124,7 @@ impl OutDir {
                 Some(Err(Lacking::Missing)) | None => Err(OutputError::Exists { path, differs: None }),
             }
         };
-        if kept == Kept::Latents {
+        if kept == OutputKind::Latents {
             return [LATENTS.into(), latents_name(self.part)]
                 .into_iter()
                 .try_for_each(|name| is_there(name, None).map(drop));
@@ -133,7 +133,7 @@ impl OutDir {
         for number in own {
             let (name, about) = (&self.names[number], about(number));
             let picture = is_there(picture_name(name), Some(about.clone()))?;
-            let steps = kept != Kept::Steps || is_there(steps_name(name), Some(about))?;
+            let steps = kept != OutputKind::Steps || is_there(steps_name(name), Some(about))?;
             there.extend((picture && steps).then_some(number));
         }
         self.there = there;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::preview::{ColourMap, data_url};
-use super::queue::{Job, Made, Preview, Turn};
+use super::queue::{FinishedPicture, Job, JobBatch, Preview};
 use super::request::{CheckedRequest, Offer};
 use super::{Files, ServeError, Server};
 use crate::Device;
@@ -120,7 +120,7 @@ impl Painter {
     }
 
     /// Makes the pictures of a batch.
-    fn paint(&mut self, server: &Server, batch: &Turn, say: &mut dyn FnMut(&str)) -> Result<(), PipelineError> {
+    fn paint(&mut self, server: &Server, batch: &JobBatch, say: &mut dyn FnMut(&str)) -> Result<(), PipelineError> {
         let Some((first, _)) = batch.images.first() else { return Ok(()) };
         let CheckedRequest { model: offer, size, sampler, .. } = &first.request;
         let place = self.loaded.iter().position(|(known, _)| Arc::ptr_eq(known, offer));
@@ -195,7 +195,10 @@ impl Painter {
                     say(&format!("warning: {}: {why}", path.display()));
                 }
             }
-            server.queue.made(job, Made { index: *index, seed: image.seed, parameters: image.about, png: png.into() });
+            server.queue.made(
+                job,
+                FinishedPicture { index: *index, seed: image.seed, parameters: image.about, png: png.into() },
+            );
         }
         Ok(())
     }

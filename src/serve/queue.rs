@@ -73,7 +73,7 @@ impl Stage {
 
 /// A finished picture.
 #[derive(Clone, Debug, Serialize)]
-pub struct Made {
+pub struct FinishedPicture {
     /// Which of the job's pictures it is.
     pub index: usize,
     /// Its seed.
@@ -114,7 +114,7 @@ pub struct JobView {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds_left: Option<f64>,
     /// The pictures that are finished.
-    pub pictures: Vec<Made>,
+    pub pictures: Vec<FinishedPicture>,
     /// The last preview of each picture that is being made.
     pub previews: Vec<Preview>,
     /// Why it failed or was cancelled.
@@ -251,12 +251,12 @@ impl Job {
 }
 
 /// What the device is given at a time: images of one job, or of several of one shape and setting.
-pub struct Turn {
+pub struct JobBatch {
     /// Each image: its job, and which of the job's it is.
     pub images: Vec<(Arc<Job>, usize)>,
 }
 
-impl Turn {
+impl JobBatch {
     /// The jobs, each once.
     pub fn jobs(&self) -> impl Iterator<Item = &Arc<Job>> {
         self.images.chunk_by(|a, b| a.0.id == b.0.id).map(|part| &part[0].0)
@@ -336,7 +336,7 @@ impl Queue {
 
     /// Waits for work, and takes up to `most` images of the first job, and of others of its shape and setting if it has
     /// fewer. None if the queue is closed.
-    pub fn next(&self, most: usize) -> Option<Turn> {
+    pub fn next(&self, most: usize) -> Option<JobBatch> {
         let mut state = lock(&self.state);
         loop {
             if state.closed {
@@ -357,7 +357,7 @@ impl Queue {
                 }
             }
             if !images.is_empty() {
-                let batch = Turn { images };
+                let batch = JobBatch { images };
                 batch.jobs().for_each(|job| job.runs());
                 return Some(batch);
             }
@@ -366,7 +366,7 @@ impl Queue {
     }
 
     /// Adds a finished picture to a job.
-    pub fn made(&self, job: &Job, made: Made) {
+    pub fn made(&self, job: &Job, made: FinishedPicture) {
         let mut complete = false;
         job.update(|view| {
             view.previews.retain(|preview| preview.index != made.index);

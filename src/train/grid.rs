@@ -68,7 +68,7 @@ impl GridError {
 }
 
 /// How many training images take as long as a grid, counted in multiply-adds. A training image costs three forward
-/// passes. `guided` is as in [`With`]; `picture` are the multiply-adds of making a picture of an image of this size.
+/// passes. `guided` is as in [`GridInputs`]; `picture` are the multiply-adds of making a picture of an image of this size.
 pub fn cost(config: &Config, [height, width]: [usize; 2], guided: bool, picture: u64) -> u64 {
     // A config that describes no network draws nothing.
     let Ok((net, table)) = Precond::new(config) else { return 0 };
@@ -88,7 +88,7 @@ fn sampler(guided: bool, config: &Config) -> SamplerConfig {
 }
 
 /// What a grid is sampled with.
-pub struct With<'a, B> {
+pub struct GridInputs<'a, B> {
     /// Its effective weights.
     pub backend: &'a mut B,
     /// The network.
@@ -106,8 +106,8 @@ pub struct With<'a, B> {
 }
 
 /// Samples and writes the grid as `show` has its images; rank 0 writes. Returns whether this rank wrote the file.
-pub fn write<B: NetworkBackend>(path: &Path, with: With<B>, show: &mut Show) -> Result<bool, GridError> {
-    let With { backend, net, data, guided, batch, halved, ranks } = with;
+pub fn write<B: NetworkBackend>(path: &Path, with: GridInputs<B>, show: &mut Show) -> Result<bool, GridError> {
+    let GridInputs { backend, net, data, guided, batch, halved, ranks } = with;
     let [h, w, c] = data.shape();
     let (numel, dim) = (h * w * c, net.config.label_dim);
     let config = sampler(guided, &net.config);

@@ -88,7 +88,7 @@ use batch::HostBatch;
 use begin::{begin_anew, begin_together, newest, set_aside, write_options, writers};
 use events::Events;
 use order::Order;
-use settings::Given;
+use settings::RankInputs;
 use stats::StatsFile;
 
 /// Why training could not begin or go on.
@@ -244,8 +244,8 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
         return Err(TrainError::FewImages { batch: settings.batch, ranks: part.of });
     }
     let validation = data.validation.map(DataIdentity::of);
-    let given = Given { settings: settings.clone(), execution: execution.clone(), validation };
-    agree(ranks, &serde_json::to_string(&given).unwrap_or_default(), Given::differences)?;
+    let given = RankInputs { settings: settings.clone(), execution: execution.clone(), validation };
+    agree(ranks, &serde_json::to_string(&given).unwrap_or_default(), RankInputs::differences)?;
     // Rank 0 alone reads, so no other rank needs to see its directory.
     let (mut lock, mut state) = (None, None);
     if part.number == 0 {
@@ -491,7 +491,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let guided = self.cond_dropout() > 0.0;
         let written = self.with_average(event, |run, batch, halved| {
             let (backend, net, ranks) = (&mut *run.backend, &run.net, &mut *run.ranks);
-            Ok(grid::write(&path, grid::With { backend, net, data, guided, batch, halved, ranks }, show)?)
+            Ok(grid::write(&path, grid::GridInputs { backend, net, data, guided, batch, halved, ranks }, show)?)
         });
         self.show = Some(show);
         match written {

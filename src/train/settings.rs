@@ -370,14 +370,14 @@ pub fn meta_of(data: &Dataset, config: &Config, seed: u64) -> ModelMeta {
 
 /// What every rank must have been given alike.
 #[derive(Serialize, Deserialize)]
-pub(super) struct Given {
+pub(super) struct RankInputs {
     pub settings: Settings,
     pub execution: Execution,
     /// Images that the loss is watched on; none if there are none.
     pub validation: Option<DataIdentity>,
 }
 
-impl Given {
+impl RankInputs {
     /// How what this rank was given differs from another rank's; both texts are JSON.
     pub fn differences(ours: &str, theirs: &str) -> String {
         let line = there_and_here;

@@ -89,9 +89,10 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             loss += weight * self.backend.download(&per_image)?.iter().map(|&x| f64::from(x)).sum::<f64>();
         }
         let stop = u64::from(stop.load(Ordering::Relaxed));
-        let said = Said { loss, grad_norm: stats.grad_norm, stop, rounds: self.own_rounds() }.of_all(self.ranks)?;
+        let said =
+            StepReport { loss, grad_norm: stats.grad_norm, stop, rounds: self.own_rounds() }.of_all(self.ranks)?;
         let loss: f64 = said.iter().map(|rank| rank.loss).sum();
-        self.rounds = Said::rounds(&said);
+        self.rounds = StepReport::rounds(&said);
         self.state.nimg = end;
         if !loss.is_finite() {
             return Err(self.diverged(format!("the loss is {loss}")));
@@ -118,8 +119,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
 
     /// The most that any rank has of these micro-batches.
     pub(super) fn agreed_rounds(&mut self) -> Result<usize, CollectiveError> {
-        let own = Said { rounds: self.own_rounds(), ..Said::zeroed() };
-        Ok(Said::rounds(&own.of_all(self.ranks)?))
+        let own = StepReport { rounds: self.own_rounds(), ..StepReport::zeroed() };
+        Ok(StepReport::rounds(&own.of_all(self.ranks)?))
     }
 
     /// Takes fewer images at a time from here on, as the device has no memory for `n`.
@@ -154,7 +155,7 @@ impl Reduction {
 /// What a rank says after a step.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
-struct Said {
+struct StepReport {
     /// Sum of its images' losses, each scaled to the number of elements of the most frequent size.
     loss: f64,
     grad_norm: f64,
@@ -163,7 +164,7 @@ struct Said {
     rounds: u64,
 }
 
-impl Said {
+impl StepReport {
     /// The most of what ranks have said.
     fn rounds(said: &[Self]) -> usize {
         said.iter().map(|rank| rank.rounds).max().unwrap_or(1) as usize

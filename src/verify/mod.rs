@@ -316,7 +316,7 @@ struct Session<'a, M> {
 
 /// Which contract a quantity falls under.
 #[derive(Clone, Copy)]
-enum What {
+enum Quantity {
     Forward,
     Gradient,
     Training,
@@ -381,15 +381,15 @@ impl<M: Backends> Session<'_, M> {
     }
 
     /// Bound of a tensor of `numel` values, see the module's text.
-    fn bound(&self, what: What, file: &str, tensor: &str, numel: usize) -> f64 {
+    fn bound(&self, what: Quantity, file: &str, tensor: &str, numel: usize) -> f64 {
         let p = &self.bounds;
         let limits = match what {
-            What::Forward if file == OPERATIONS => p.operation,
-            What::Gradient if file == OPERATIONS => p.operation_gradient,
-            What::Forward => p.forward,
-            What::Gradient => p.gradient,
-            What::Training => p.training,
-            What::Sampler => p.sampler,
+            Quantity::Forward if file == OPERATIONS => p.operation,
+            Quantity::Gradient if file == OPERATIONS => p.operation_gradient,
+            Quantity::Forward => p.forward,
+            Quantity::Gradient => p.gradient,
+            Quantity::Training => p.training,
+            Quantity::Sampler => p.sampler,
         };
         if let Some(lost) = self.official(file, tensor) {
             return (lost * if numel < FEW { OFFICIAL_FEW } else { OFFICIAL }).max(p.operation.floor);
@@ -430,18 +430,18 @@ impl<M: Backends> Session<'_, M> {
     }
 
     /// Compares with a tensor of a file, if the file has it; the bound is that of `what`.
-    fn check(&mut self, f: &Golden, tensor: &str, what: What, got: &[f64]) -> Result<()> {
+    fn check(&mut self, f: &Golden, tensor: &str, what: Quantity, got: &[f64]) -> Result<()> {
         self.check_as(f, tensor, tensor.trim_end_matches(".f64"), what, got)
     }
 
     /// As [`Session::check`], but if the file lacks the tensor, nothing is reported.
-    fn check_if(&mut self, f: &Golden, tensor: &str, what: What, got: &[f64]) -> Result<()> {
+    fn check_if(&mut self, f: &Golden, tensor: &str, what: Quantity, got: &[f64]) -> Result<()> {
         if f.has(tensor) { self.check(f, tensor, what, got) } else { Ok(()) }
     }
 
     /// As [`Session::check`]. But unless the directory says what the official code loses of this tensor, the bound of
     /// another one, `kin`, counts if it is larger.
-    fn check_as(&mut self, f: &Golden, tensor: &str, kin: &str, what: What, got: &[f64]) -> Result<()> {
+    fn check_as(&mut self, f: &Golden, tensor: &str, kin: &str, what: Quantity, got: &[f64]) -> Result<()> {
         if !f.has(tensor) {
             self.skip(format!("{}/{tensor}", f.stem), "absent");
             return Ok(());

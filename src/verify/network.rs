@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Deserialize;
 
 use super::ops::{EPS, fourier_argument};
-use super::{Array, Golden, Result, Session, VerifyError, What, download, normalization, param, still_step};
+use super::{Array, Golden, Quantity, Result, Session, VerifyError, download, normalization, param, still_step};
 use crate::backend::{Embed, NetworkBackend, OptimizerStep, Slot, TrainingBackend};
 use crate::device::Backends;
 use crate::model::{Config, Precond};
@@ -99,21 +99,21 @@ fn forward_set<B: NetworkBackend>(
     };
     let (d, raw, e) = net.denoise_probed(b, &tx, &sigma, labels.as_ref(), &mut probe);
     for (tensor, t) in activations {
-        s.check(f, &tensor, What::Forward, &download(b, &t)?)?;
+        s.check(f, &tensor, Quantity::Forward, &download(b, &t)?)?;
     }
     let out_gain = parameters.shaped("unet.out_gain", &[])?.values[0];
     let got: Vec<f64> = download(b, &raw)?.iter().map(|x| x * out_gain).collect();
-    s.check(f, &format!("{set}.F_x"), What::Forward, &got)?;
+    s.check(f, &format!("{set}.F_x"), Quantity::Forward, &got)?;
     let has = |name: &str| f.has(&format!("{set}.{name}"));
-    s.check_if(f, &format!("{set}.F_x.f64"), What::Forward, &got)?;
+    s.check_if(f, &format!("{set}.F_x.f64"), Quantity::Forward, &got)?;
     let got = download(b, &d)?;
-    s.check(f, &format!("{set}.D_x"), What::Forward, &got)?;
-    s.check_if(f, &format!("{set}.D_x.f64"), What::Forward, &got)?;
+    s.check(f, &format!("{set}.D_x"), Quantity::Forward, &got)?;
+    s.check_if(f, &format!("{set}.D_x.f64"), Quantity::Forward, &got)?;
     let (features, logvar) = net.logvar(b, &sigma);
-    s.check_if(f, &format!("{set}.logvar"), What::Forward, &download(b, &logvar)?)?;
+    s.check_if(f, &format!("{set}.logvar"), Quantity::Forward, &download(b, &logvar)?)?;
     // The c_noise from which the features were computed is no tensor of the file, so it is computed by its formula.
     let c_noise: Vec<f64> = sigmas.values.iter().map(|sigma| sigma.ln() / 4.0).collect();
-    s.check_if(f, &format!("{set}.c_noise"), What::Forward, &c_noise)?;
+    s.check_if(f, &format!("{set}.c_noise"), Quantity::Forward, &c_noise)?;
     for (name, buffers, features) in
         [("emb_fourier", "unet.emb_fourier", &e.features), ("logvar_fourier", "logvar_fourier", &features)]
     {
@@ -133,11 +133,11 @@ fn forward_set<B: NetworkBackend>(
         for (name, label, label_balance) in [("emb_noise", None, 0.5), ("emb_label", label, 1.0)] {
             if has(name) {
                 let branch = b.embed(&Embed { freqs, phases, noise, label, label_balance }, &sigma, labels.as_ref());
-                s.check(f, &format!("{set}.{name}"), What::Forward, &download(b, &branch.pre)?)?;
+                s.check(f, &format!("{set}.{name}"), Quantity::Forward, &download(b, &branch.pre)?)?;
             }
         }
     }
-    s.check_if(f, &format!("{set}.emb"), What::Forward, &download(b, &e.emb)?)
+    s.check_if(f, &format!("{set}.emb"), Quantity::Forward, &download(b, &e.emb)?)
 }
 
 /// Inputs of a training pass, the tensors of a file whose names begin with `prefix`.
@@ -199,7 +199,14 @@ fn pass<B: TrainingBackend>(net: &Precond, b: &mut B, batch: &PassInputs<B::Tens
 
 impl Losses {
     /// Compares with the tensors of a file; `total` images are in the batch that the scalar is an average of.
-    fn check(&self, s: &mut Session<impl Backends>, f: &Golden, suffix: &str, total: usize, what: What) -> Result<()> {
+    fn check(
+        &self,
+        s: &mut Session<impl Backends>,
+        f: &Golden,
+        suffix: &str,
+        total: usize,
+        what: Quantity,
+    ) -> Result<()> {
         let elements = format!("loss_elem{suffix}");
         s.check(f, &elements, what, &self.elements)?;
         if !f.has(&elements) {
@@ -236,7 +243,7 @@ fn check_sigma(s: &mut Session<impl Backends>, f: &Golden, prefix: &str, mean: f
     let normal = format!("{prefix}rnd_normal");
     if f.has(&normal) {
         let got: Vec<f64> = f.array(&normal)?.values.iter().map(|x| (x * std + mean).exp()).collect();
-        s.check(f, &format!("{prefix}sigma"), What::Forward, &got)?;
+        s.check(f, &format!("{prefix}sigma"), Quantity::Forward, &got)?;
     }
     Ok(())
 }
@@ -250,12 +257,12 @@ fn check_rows(s: &mut Session<impl Backends>, f: &Golden, spec: &ParamSpec, got:
     let len = expected.values.len().min(got.len());
     let own = s.tolerances.get(&f.name).is_some_and(|entries| entries.get(&rows).is_some());
     let bound = match own {
-        true => s.bound(What::Gradient, &f.name, &rows, len),
+        true => s.bound(Quantity::Gradient, &f.name, &rows, len),
         false => {
             let whole = if f.has(&norm) { f.shaped(&norm, &[])?.values[0] / (spec.numel() as f64).sqrt() } else { 0.0 };
             let here = (expected.values.iter().map(|x| x * x).sum::<f64>() / len.max(1) as f64).sqrt();
             let smaller = if whole > here && here > 0.0 { whole / here } else { 1.0 };
-            s.bound(What::Gradient, &f.name, &format!("grad.{}", spec.name), len) * smaller
+            s.bound(Quantity::Gradient, &f.name, &format!("grad.{}", spec.name), len) * smaller
         }
     };
     s.compare(format!("{}/{rows}", f.stem), bound, &got[..len], &expected);
@@ -273,14 +280,14 @@ pub(super) fn gradients(s: &mut Session<impl Backends>) -> Result<()> {
         check_sigma(s, f, "", -0.4, 1.0)?;
         let losses = pass(&net, &mut b, &batch)?;
         let n = batch.images.shape[0];
-        losses.check(s, f, "", n, What::Gradient)?;
+        losses.check(s, f, "", n, Quantity::Gradient)?;
         still_step(&mut b, ROUNDS, 1.0 / n as f64)?;
         for (id, spec) in table.iter().filter(|(_, spec)| spec.trained()) {
             let got = param(&mut b, Slot::Grad, id)?;
             let key = format!("grad.{}", spec.name);
             let rows = format!("grad_rows.{}", spec.name);
             if f.has(&key) {
-                s.check(f, &key, What::Gradient, &got)?;
+                s.check(f, &key, Quantity::Gradient, &got)?;
             } else if f.has(&rows) {
                 check_rows(s, f, spec, &got)?;
             } else {
@@ -289,7 +296,7 @@ pub(super) fn gradients(s: &mut Session<impl Backends>) -> Result<()> {
             let norm = format!("gradnorm.{}", spec.name);
             if f.has(&norm) {
                 let got = got.iter().map(|x| x * x).sum::<f64>().sqrt();
-                s.check_as(f, &norm, &key, What::Gradient, &[got])?;
+                s.check_as(f, &norm, &key, Quantity::Gradient, &[got])?;
             }
         }
         Ok(())
@@ -412,14 +419,14 @@ impl<B: TrainingBackend> Run<'_, B> {
         check_sigma(s, f, "data.", t.p_mean, t.p_std)?;
         let losses = pass(net, b, &batch)?;
         let images = batch.images.shape[0];
-        losses.check(s, f, "", images, What::Training)?;
+        losses.check(s, f, "", images, Quantity::Training)?;
         let sum: f64 = losses.per_image.iter().sum();
         for (name, expected, got) in [
             ("loss_scalar", step.loss_scalar, sum / images as f64),
             ("loss_mean", step.loss_mean, sum / losses.elements.len() as f64),
         ] {
             if let Some(expected) = expected {
-                let bound = s.bound(What::Training, &f.name, "loss_elem", losses.elements.len());
+                let bound = s.bound(Quantity::Training, &f.name, "loss_elem", losses.elements.len());
                 let name = format!("tiny_train.json/steps[{}].{name}", number - 1);
                 s.compare(name, bound, &[got], &Array::new(&[], vec![expected]));
             }
@@ -434,7 +441,7 @@ impl<B: TrainingBackend> Run<'_, B> {
             still_step(&mut second, ROUNDS, 1.0)?;
             for (id, spec) in table.iter() {
                 let got = param(&mut second, Slot::Weight, id)?;
-                s.check_if(f, &format!("wnorm.{}", spec.name), What::Training, &got)?;
+                s.check_if(f, &format!("wnorm.{}", spec.name), Quantity::Training, &got)?;
             }
         }
         b.optimizer_step(&t.step(step.lr, number, images, ROUNDS, &step.ema_betas))?;
@@ -447,18 +454,18 @@ impl<B: TrainingBackend> Run<'_, B> {
         for (_, spec) in table.iter() {
             let gradient = format!("grad.{}", spec.name);
             if f.has(&gradient) {
-                let bound = s.bound(What::Gradient, &f.name, &gradient, spec.numel());
+                let bound = s.bound(Quantity::Gradient, &f.name, &gradient, spec.numel());
                 open.note(&spec.name, &f.shaped(&gradient, &spec.shape)?, bound);
             }
         }
         let mut slots = vec![
-            ("grad".to_owned(), Slot::Grad, What::Gradient),
-            ("weight".to_owned(), Slot::Weight, What::Training),
-            ("adam_m".to_owned(), Slot::AdamM, What::Training),
-            ("adam_v".to_owned(), Slot::AdamV, What::Training),
+            ("grad".to_owned(), Slot::Grad, Quantity::Gradient),
+            ("weight".to_owned(), Slot::Weight, Quantity::Training),
+            ("adam_m".to_owned(), Slot::AdamM, Quantity::Training),
+            ("adam_v".to_owned(), Slot::AdamV, Quantity::Training),
         ];
         for (ema, std) in t.ema_stds.iter().enumerate() {
-            slots.push((format!("ema{:03}", (std * 1000.0).round()), Slot::Ema(ema), What::Training));
+            slots.push((format!("ema{:03}", (std * 1000.0).round()), Slot::Ema(ema), Quantity::Training));
         }
         for (prefix, slot, what) in slots {
             for (id, spec) in table.iter() {
@@ -500,7 +507,7 @@ impl Undetermined {
         mut got: Vec<f64>,
     ) -> Result<()> {
         let expected = f.shaped(tensor, &spec.shape)?;
-        let bound = s.bound(What::Training, &f.name, tensor, expected.values.len());
+        let bound = s.bound(Quantity::Training, &f.name, tensor, expected.values.len());
         let mut name = format!("{}/{tensor}", f.stem);
         if let Some(open) = self.0.get(&spec.name).filter(|open| !open.is_empty()) {
             open.iter().for_each(|&i| got[i] = expected.values[i]);
@@ -556,7 +563,7 @@ fn accumulated_step(s: &mut Session<impl Backends>, init: &Golden, t: &TrainingC
         let total = batches.iter().map(|batch| batch.images.shape[0]).sum();
         for (i, batch) in batches.iter().enumerate() {
             check_sigma(s, f, &format!("data{i}."), t.p_mean, t.p_std)?;
-            pass(&net, &mut b, batch)?.check(s, f, &i.to_string(), total, What::Training)?;
+            pass(&net, &mut b, batch)?.check(s, f, &i.to_string(), total, Quantity::Training)?;
         }
         b.optimizer_step(&t.step(lr, 1, total, rounds, &[]))?;
         let mut open = Undetermined::default();
@@ -564,7 +571,7 @@ fn accumulated_step(s: &mut Session<impl Backends>, init: &Golden, t: &TrainingC
             let gradient = format!("grad.{}", spec.name);
             if f.has(&gradient) {
                 let expected = f.shaped(&gradient, &spec.shape)?;
-                let bound = s.bound(What::Gradient, &f.name, &gradient, spec.numel());
+                let bound = s.bound(Quantity::Gradient, &f.name, &gradient, spec.numel());
                 let bound = bound + renormalization(init, spec)?;
                 open.note(&spec.name, &expected, bound);
                 s.compare(format!("{}/{gradient}", f.stem), bound, &param(&mut b, Slot::Grad, id)?, &expected);

@@ -9,7 +9,7 @@
 
 use serde::Deserialize;
 
-use super::{Array, Golden, Result, Session, What, download, normalization, param, still_step};
+use super::{Array, Golden, Quantity, Result, Session, download, normalization, param, still_step};
 use crate::backend::{Backend, EmbLayer, Logvar, LossInput, NetworkBackend, Operand, Scale, Slot, TrainingBackend};
 use crate::device::Backends;
 use crate::model::config;
@@ -144,21 +144,21 @@ fn mp_silu(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let (mut b, id) = with_identity(s, x.nhwc()[3])?;
     let tx = x.upload(&mut b);
     let y = b.conv(id, Operand::silu(&tx));
-    s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
+    s.check(f, &format!("{c}.y"), Quantity::Forward, &download(&mut b, &y)?)?;
     // Also as the epilogue of a convolution, with all scales 1.
     let [n, .., channels] = x.nhwc();
     let ones = b.upload([n, 1, 1, channels], &vec![1.0; n * channels]);
     let scale = Scale { all: &ones, offset: 0 };
     let (y, pre) = b.conv_scale_silu(id, Operand::of(&tx), scale, true);
-    s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
+    s.check(f, &format!("{c}.y"), Quantity::Forward, &download(&mut b, &y)?)?;
 
     let gy = f.shaped(&format!("{c}.gy"), &x.shape)?.upload(&mut b);
     let gx = b.conv_dgrad(id, &gy, 1.0, Operand::silu(&tx), None).x;
-    s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &gx)?)?;
+    s.check(f, &format!("{c}.g_x"), Quantity::Gradient, &download(&mut b, &gx)?)?;
     let mut gscales = b.zero_scales_grad(&ones);
     if let Some(pre) = pre {
         let gx = b.conv_dgrad_scale_silu(id, &gy, 1.0, &pre, scale, &mut gscales);
-        s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &gx)?)?;
+        s.check(f, &format!("{c}.g_x"), Quantity::Gradient, &download(&mut b, &gx)?)?;
     }
     Ok(())
 }
@@ -173,14 +173,14 @@ fn mp_sum(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let (mut b, id) = with_identity(s, a.nhwc()[3])?;
     let (ta, tb) = (a.upload(&mut b), other.upload(&mut b));
     let y = b.conv_mp_sum(id, Operand::of(&tb), &ta, t, None);
-    s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
+    s.check(f, &format!("{c}.y"), Quantity::Forward, &download(&mut b, &y)?)?;
 
     let gy = f.shaped(&format!("{c}.gy"), &a.shape)?.upload(&mut b);
     let (wa, wb) = mp_sum_weights(t);
     let ga = b.linear_combination(&[(&gy, wa)]);
-    s.check(f, &format!("{c}.g_a"), What::Gradient, &download(&mut b, &ga)?)?;
+    s.check(f, &format!("{c}.g_a"), Quantity::Gradient, &download(&mut b, &ga)?)?;
     let gb = b.conv_dgrad(id, &gy, wb, Operand::of(&tb), None).x;
-    s.check(f, &format!("{c}.g_b"), What::Gradient, &download(&mut b, &gb)?)
+    s.check(f, &format!("{c}.g_b"), Quantity::Gradient, &download(&mut b, &gb)?)
 }
 
 fn mp_cat(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
@@ -198,14 +198,14 @@ fn mp_cat(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let (sa, sb) = mp_cat_scales(na, nb, t);
     let both = Operand { x: &ta, x_scale: sa, skip: Some((&tb, sb)), silu: false };
     let y = b.conv(id, both);
-    s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
+    s.check(f, &format!("{c}.y"), Quantity::Forward, &download(&mut b, &y)?)?;
 
     shape[1] = na + nb;
     let gy = f.shaped(&format!("{c}.gy"), &shape)?.upload(&mut b);
     let g = b.conv_dgrad(id, &gy, 1.0, both, None);
-    s.check(f, &format!("{c}.g_a"), What::Gradient, &download(&mut b, &g.x)?)?;
+    s.check(f, &format!("{c}.g_a"), Quantity::Gradient, &download(&mut b, &g.x)?)?;
     if let Some(skip) = g.skip {
-        s.check(f, &format!("{c}.g_b"), What::Gradient, &download(&mut b, &skip)?)?;
+        s.check(f, &format!("{c}.g_b"), Quantity::Gradient, &download(&mut b, &skip)?)?;
     }
     Ok(())
 }
@@ -244,10 +244,10 @@ fn pixel_norm(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()>
     let mut b = s.backends.training(&ParamTable::default(), 0)?;
     let tx = x.upload(&mut b);
     let y = b.pixel_norm(&tx, false);
-    s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
+    s.check(f, &format!("{c}.y"), Quantity::Forward, &download(&mut b, &y)?)?;
     let gy = f.shaped(&format!("{c}.gy"), &x.shape)?.upload(&mut b);
     let gx = b.pixel_norm_backward(&tx, &gy, false, None);
-    s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &gx)?)
+    s.check(f, &format!("{c}.g_x"), Quantity::Gradient, &download(&mut b, &gx)?)
 }
 
 /// Large values in further channels make the norm of every pixel the same, so that pixel norm divides by a known
@@ -277,12 +277,12 @@ fn resample_down(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<
     let tx = widened(&x.scaled(16.0), LARGE).upload(&mut b);
     let y = b.pixel_norm(&tx, true);
     let y = narrowed(download(&mut b, &y)?, h * w / 4, norm / 16.0);
-    s.check(f, &format!("{c}.y"), What::Forward, &y)?;
+    s.check(f, &format!("{c}.y"), Quantity::Forward, &y)?;
     let gy = f.shaped(&format!("{c}.gy"), &[n, channels, h / 2, w / 2])?;
     let gy = widened(&gy.scaled(4096.0), 0.0).upload(&mut b);
     let gx = b.pixel_norm_backward(&tx, &gy, true, None);
     let gx = narrowed(download(&mut b, &gx)?, h * w, norm / 4096.0);
-    s.check(f, &format!("{c}.g_x"), What::Gradient, &gx)
+    s.check(f, &format!("{c}.g_x"), Quantity::Gradient, &gx)
 }
 
 fn resample_up(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
@@ -291,10 +291,10 @@ fn resample_up(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()
     let mut b = s.backends.training(&ParamTable::default(), 0)?;
     let tx = x.upload(&mut b);
     let y = b.upsample(&tx);
-    s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
+    s.check(f, &format!("{c}.y"), Quantity::Forward, &download(&mut b, &y)?)?;
     let gy = f.shaped(&format!("{c}.gy"), &[n, channels, h * 2, w * 2])?.upload(&mut b);
     let gx = b.upsample_backward(&gy);
-    s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &gx)?)
+    s.check(f, &format!("{c}.g_x"), Quantity::Gradient, &download(&mut b, &gx)?)
 }
 
 /// The stored weight after a step that moves nothing, of one and of two micro-batches.
@@ -303,7 +303,7 @@ fn weight_norm_twice(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Res
     for (rounds, name) in [(1, "once"), (2, "twice")] {
         let (mut b, id) = with_weight(s, &w, rounds)?;
         still_step(&mut b, rounds, 1.0)?;
-        s.check(f, &format!("{c}.{name}"), What::Forward, &param(&mut b, Slot::Weight, id)?)?;
+        s.check(f, &format!("{c}.{name}"), Quantity::Forward, &param(&mut b, Slot::Weight, id)?)?;
     }
     Ok(())
 }
@@ -314,7 +314,7 @@ fn weight_norm(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()
     let w = weight(f, &name, conv)?;
     let (mut b, id) = with_weight(s, &w, 1)?;
     still_step(&mut b, 1, 1.0)?;
-    s.check(f, &format!("{c}.y"), What::Forward, &param(&mut b, Slot::Weight, id)?)?;
+    s.check(f, &format!("{c}.y"), Quantity::Forward, &param(&mut b, Slot::Weight, id)?)?;
 
     // dL/d(effective weight) = sqrt(fan_in) gy: image i has a single one, in the middle of channel i.
     let gy = f.shaped(&format!("{c}.gy"), &w.shape)?;
@@ -335,7 +335,7 @@ fn weight_norm(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()
     let (tx, tg) = (x.upload(&mut b), g.upload(&mut b));
     b.conv_wgrad(id, Operand::of(&tx), &tg, ((cin * k * k) as f64).sqrt());
     still_step(&mut b, 0, 1.0)?;
-    s.check(f, &format!("{c}.g_w"), What::Gradient, &param(&mut b, Slot::Grad, id)?)
+    s.check(f, &format!("{c}.g_w"), Quantity::Gradient, &param(&mut b, Slot::Grad, id)?)
 }
 
 fn conv(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
@@ -345,11 +345,11 @@ fn conv(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let tx = x.upload(&mut b);
     let y = b.conv(id, Operand::of(&tx));
     let got = Array::new(&[x.shape[0], w.shape[0], x.shape[2], x.shape[3]], download(&mut b, &y)?);
-    s.check(f, &format!("{c}.y"), What::Forward, &got.scale_channels(|o| scales[o]).values)?;
+    s.check(f, &format!("{c}.y"), Quantity::Forward, &got.scale_channels(|o| scales[o]).values)?;
     let Some(gy) = gy else { return Ok(()) };
     let scaled = gy.scale_channels(|o| scales[o]).upload(&mut b);
     let gx = b.conv_dgrad(id, &scaled, 1.0, Operand::of(&tx), None).x;
-    s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &gx)?)?;
+    s.check(f, &format!("{c}.g_x"), Quantity::Gradient, &download(&mut b, &gx)?)?;
     let tg = gy.upload(&mut b);
     b.conv_wgrad(id, Operand::of(&tx), &tg, 1.0);
     projected_gradient(s, f, c, b, id, &w)
@@ -367,7 +367,7 @@ fn projected_gradient<B: TrainingBackend>(
     still_step(&mut b, 0, 1.0)?;
     let name = format!("{c}.g_w");
     let expected = project(w, &f.shaped(&name, &w.shape)?);
-    let bound = s.bound(What::Gradient, &f.name, &name, w.values.len());
+    let bound = s.bound(Quantity::Gradient, &f.name, &name, w.values.len());
     s.compare(format!("{}/{name} (projected)", f.stem), bound, &param(&mut b, Slot::Grad, id)?, &expected);
     Ok(())
 }
@@ -393,11 +393,11 @@ fn linear(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let y = b.emb_scales(&[l], &tx);
     let got = download(&mut b, &y)?.iter().map(|y| y - 1.0).collect();
     let got = Array::new(&[x.shape[0], w.shape[0]], got).scale_channels(|o| scales[o]);
-    s.check(f, &format!("{c}.y"), What::Forward, &got.values)?;
+    s.check(f, &format!("{c}.y"), Quantity::Forward, &got.values)?;
     let Some(gy) = gy else { return Ok(()) };
     let scaled = gy.scale_channels(|o| scales[o]).upload(&mut b);
     let gx = b.emb_scales_backward(&[l], &tx, &scaled);
-    s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &gx)?)?;
+    s.check(f, &format!("{c}.g_x"), Quantity::Gradient, &download(&mut b, &gx)?)?;
     let (mut b, l) = with_emb_layer(s, &w, 1.0, 0)?;
     let (tx, tg) = (x.upload(&mut b), gy.upload(&mut b));
     b.emb_scales_backward(&[l], &tx, &tg);
@@ -416,11 +416,11 @@ fn mp_linear(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> 
     let tx = x.upload(&mut b);
     let y = b.emb_scales(&[l], &tx);
     let y: Vec<f64> = download(&mut b, &y)?.iter().map(|y| y - 1.0).collect();
-    s.check(f, &format!("{c}.y"), What::Forward, &y)?;
+    s.check(f, &format!("{c}.y"), Quantity::Forward, &y)?;
     if let Some(gy) = gy {
         let gy = gy.upload(&mut b);
         let gx = b.emb_scales_backward(&[l], &tx, &gy);
-        s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &gx)?)?;
+        s.check(f, &format!("{c}.g_x"), Quantity::Gradient, &download(&mut b, &gx)?)?;
     }
     after_step(s, f, c, b, l.weight, l.gain)
 }
@@ -435,10 +435,10 @@ fn after_step<B: TrainingBackend>(
     gain: ParamId,
 ) -> Result<()> {
     still_step(&mut b, rounds(c), 1.0)?;
-    s.check(f, &format!("{c}.g_w"), What::Gradient, &param(&mut b, Slot::Grad, weight)?)?;
-    s.check(f, &format!("{c}.g_gain"), What::Gradient, &param(&mut b, Slot::Grad, gain)?)?;
+    s.check(f, &format!("{c}.g_w"), Quantity::Gradient, &param(&mut b, Slot::Grad, weight)?)?;
+    s.check(f, &format!("{c}.g_gain"), Quantity::Gradient, &param(&mut b, Slot::Grad, gain)?)?;
     if rounds(c) > 0 {
-        s.check(f, &format!("{c}.w_after"), What::Forward, &param(&mut b, Slot::Weight, weight)?)?;
+        s.check(f, &format!("{c}.w_after"), Quantity::Forward, &param(&mut b, Slot::Weight, weight)?)?;
     }
     Ok(())
 }
@@ -467,7 +467,7 @@ fn mp_conv(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let c_out = SIGMA / 2f64.sqrt();
     let d = download(&mut b, &d)?;
     let y: Vec<f64> = d.iter().map(|d| d / c_out).collect();
-    s.check(f, &format!("{c}.y"), What::Forward, &y)?;
+    s.check(f, &format!("{c}.y"), Quantity::Forward, &y)?;
     let Some(gy) = gy else { return Ok(()) };
 
     let weight = 1.0 / (c_out * c_out);
@@ -484,7 +484,7 @@ fn mp_conv(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
         sigma_data: SIGMA,
     });
     let gx = b.conv_dgrad(id, &loss.grad_raw, 1.0, Operand::of(&tx), None).x;
-    s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &gx)?)?;
+    s.check(f, &format!("{c}.g_x"), Quantity::Gradient, &download(&mut b, &gx)?)?;
     b.conv_wgrad(id, Operand::of(&tx), &loss.grad_raw, 1.0);
     after_step(s, f, c, b, id, gain_id)
 }
@@ -541,7 +541,7 @@ fn attn_norm(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> 
         }
     }
     let name = format!("{c}.y");
-    let bound = s.bound(What::Forward, &f.name, &name, expected.values.len());
+    let bound = s.bound(Quantity::Forward, &f.name, &name, expected.values.len());
     s.compare(format!("{}/{name} (through attention)", f.stem), bound, &got, &expected);
     Ok(())
 }
@@ -574,11 +574,11 @@ fn attn(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     let tx = x.upload(&mut b);
     let qkv = b.conv(qkv_id, Operand::of(&tx));
     let o = b.attention(&qkv, heads);
-    s.check(f, &format!("{c}.o"), What::Forward, &download(&mut b, &o)?)?;
+    s.check(f, &format!("{c}.o"), Quantity::Forward, &download(&mut b, &o)?)?;
     let z = b.conv(proj_id, Operand::of(&o));
-    s.check(f, &format!("{c}.z"), What::Forward, &download(&mut b, &z)?)?;
+    s.check(f, &format!("{c}.z"), Quantity::Forward, &download(&mut b, &z)?)?;
     let y = b.conv_mp_sum(proj_id, Operand::of(&o), &tx, BALANCE, None);
-    s.check(f, &format!("{c}.y"), What::Forward, &download(&mut b, &y)?)?;
+    s.check(f, &format!("{c}.y"), Quantity::Forward, &download(&mut b, &y)?)?;
 
     // Token j's v becomes sqrt(c) times unit vector j: the output's channel j is the weight of token j.
     let (ch, tokens) = (channels / heads, h * w);
@@ -601,7 +601,7 @@ fn attn(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
                 }
             }
         }
-        s.check(f, &format!("{c}.probs"), What::Forward, &probs)?;
+        s.check(f, &format!("{c}.probs"), Quantity::Forward, &probs)?;
     }
 
     let gy = f.shaped(&format!("{c}.gy"), &x.shape)?.upload(&mut b);
@@ -612,10 +612,10 @@ fn attn(s: &mut Session<impl Backends>, f: &Golden, c: &str) -> Result<()> {
     b.conv_wgrad(qkv_id, Operand::of(&tx), &gqkv, 1.0);
     let residual = crate::backend::OperandGrad { x: gy, skip: None };
     let gx = b.conv_dgrad(qkv_id, &gqkv, 1.0, Operand::of(&tx), Some((residual, wa))).x;
-    s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &gx)?)?;
+    s.check(f, &format!("{c}.g_x"), Quantity::Gradient, &download(&mut b, &gx)?)?;
     still_step(&mut b, 0, 1.0)?;
-    s.check(f, &format!("{c}.g_w_qkv"), What::Gradient, &param(&mut b, Slot::Grad, qkv_id)?)?;
-    s.check(f, &format!("{c}.g_w_proj"), What::Gradient, &param(&mut b, Slot::Grad, proj_id)?)
+    s.check(f, &format!("{c}.g_w_qkv"), Quantity::Gradient, &param(&mut b, Slot::Grad, qkv_id)?)?;
+    s.check(f, &format!("{c}.g_w_proj"), Quantity::Gradient, &param(&mut b, Slot::Grad, proj_id)?)
 }
 
 /// Settings of a block, with the official names and defaults.
@@ -711,7 +711,7 @@ fn block(s: &mut Session<impl Backends>, f: &Golden, c: &str, cfg: BlockConfig, 
     let mut tape = Tape::new(None);
     let y = block.forward(&mut b, &tx, None, &scales, Some(&mut tape));
     let got = download(&mut b, &y)?;
-    s.check(f, &format!("{c}.y"), What::Forward, &got)?;
+    s.check(f, &format!("{c}.y"), Quantity::Forward, &got)?;
     let clipped = |y: &f64| y.abs() >= cfg.clip_act;
     let expected = f.array(&format!("{c}.y"))?;
     let flipped = got.iter().zip(&expected.values).filter(|(g, e)| clipped(g) != clipped(e)).count();
@@ -726,13 +726,13 @@ fn block(s: &mut Session<impl Backends>, f: &Golden, c: &str, cfg: BlockConfig, 
     let Some(tape) = tape.blocks.pop() else { return Ok(()) };
     let mut grad_scales = b.zero_scales_grad(&scales);
     let g = block.backward(&mut b, tape, &scales, gy, &mut grad_scales, None);
-    s.check(f, &format!("{c}.g_x"), What::Gradient, &download(&mut b, &g.x)?)?;
+    s.check(f, &format!("{c}.g_x"), Quantity::Gradient, &download(&mut b, &g.x)?)?;
     let gemb = b.emb_scales_backward(&layers, &temb, &grad_scales);
-    s.check(f, &format!("{c}.g_emb"), What::Gradient, &download(&mut b, &gemb)?)?;
+    s.check(f, &format!("{c}.g_emb"), Quantity::Gradient, &download(&mut b, &gemb)?)?;
     still_step(&mut b, rounds, 1.0)?;
     for (id, spec) in table.iter() {
-        s.check(f, &format!("{c}.grad.{}", spec.name), What::Gradient, &param(&mut b, Slot::Grad, id)?)?;
-        s.check_if(f, &format!("{c}.after.{}", spec.name), What::Forward, &param(&mut b, Slot::Weight, id)?)?;
+        s.check(f, &format!("{c}.grad.{}", spec.name), Quantity::Gradient, &param(&mut b, Slot::Grad, id)?)?;
+        s.check_if(f, &format!("{c}.after.{}", spec.name), Quantity::Forward, &param(&mut b, Slot::Weight, id)?)?;
     }
     Ok(())
 }

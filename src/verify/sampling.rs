@@ -3,7 +3,7 @@
 use serde::Deserialize;
 
 use super::network::{images, labels, network};
-use super::{Array, Golden, Result, Session, What, download};
+use super::{Array, Golden, Quantity, Result, Session, download};
 use crate::backend::NetworkBackend;
 use crate::device::Backends;
 use crate::model::Precond;
@@ -80,7 +80,7 @@ fn sampler<B: NetworkBackend>(
     let Some(config) = config(s, f, case)? else { return Ok(()) };
     let SamplerConfig { solver, steps, guidance, .. } = config;
     let levels = if solver == Solver::Heun { "t_steps" } else { "sigmas" };
-    s.check(f, &format!("{case}.{levels}"), What::Sampler, &config.sigmas())?;
+    s.check(f, &format!("{case}.{levels}"), Quantity::Sampler, &config.sigmas())?;
 
     let noise = images(f, "noise", net)?;
     let noise_there = noise.upload(b);
@@ -94,7 +94,7 @@ fn sampler<B: NetworkBackend>(
     let expected = stack("x")?;
     // The bound of the trajectory as a whole is used for each of its points.
     let bound = ["x_final", "x_all"]
-        .map(|name| s.bound(What::Sampler, &f.name, &format!("{case}.{name}"), noise.values.len()))
+        .map(|name| s.bound(Quantity::Sampler, &f.name, &format!("{case}.{name}"), noise.values.len()))
         .into_iter()
         .fold(0.0, f64::max);
 
@@ -132,7 +132,7 @@ fn sampler<B: NetworkBackend>(
     let mut live = Live { net, labels, guidance, n };
     let x = solve(b, &mut live, &config, &start)?;
     let got = download(b, &x)?;
-    let bound = s.bound(What::Forward, &f.name, &format!("{case}.x_final"), got.len());
+    let bound = s.bound(Quantity::Forward, &f.name, &format!("{case}.x_final"), got.len());
     if let Some(last) = expected.last() {
         s.compare(format!("{}/{case}.x[{steps}] (end to end)", f.stem), bound, &got, last);
     }

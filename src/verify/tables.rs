@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::{Array, Result, Session, What, download, normalization};
+use super::{Array, Quantity, Result, Session, download, normalization};
 use crate::backend::{Backend, Logvar, LossInput, NetworkBackend, Slot, TrainingBackend};
 use crate::device::Backends;
 use crate::params::ParamTable;
@@ -77,7 +77,7 @@ pub(super) fn precond(s: &mut Session<impl Backends>) -> Result<()> {
         let zero = f64::from(f32::EPSILON);
         let relative = |(g, e): (&f64, &f64)| if e.abs() < zero { 1.0 + g - e } else { g / e };
         let ratios: Vec<f64> = got.iter().zip(&expected).map(relative).collect();
-        let bound = s.bound(What::Forward, "precond.json", name, rows.len());
+        let bound = s.bound(Quantity::Forward, "precond.json", name, rows.len());
         let name = format!("precond.json/{name} (device / table)");
         s.compare(name, bound, &ratios, &Array::new(&[rows.len()], vec![1.0; rows.len()]));
     }

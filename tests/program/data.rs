@@ -17,7 +17,7 @@ use edm2k::condition::Conditioning;
 use edm2k::condition::vocabulary::{Tag, Vocabulary};
 use edm2k::data::dataset::{Dataset, Representation, Split};
 use edm2k::data::prepare::{
-    ConditionInput, Counts, Drop, Drops, Event, Folder, PrepareError, Settings, Summary, add, prepare, retag,
+    ConditionInput, Counts, DropCounts, DropReason, Event, Folder, PrepareError, Settings, Summary, add, prepare, retag,
 };
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
 use edm2k::pictures::Size;
@@ -111,8 +111,8 @@ fn counts(summary: &Summary, split: Split) -> Counts {
     summary.splits.iter().find(|(this, _)| *this == split).unwrap().1
 }
 
-fn drops(expected: &[(Drop, usize)]) -> Drops {
-    Drops(expected.iter().copied().collect())
+fn drops(expected: &[(DropReason, usize)]) -> DropCounts {
+    DropCounts(expected.iter().copied().collect())
 }
 
 /// Pixels of the image with this id as 8-bit RGB, `[H * W][3]`.
@@ -223,7 +223,7 @@ fn at_most_the_allowed_share_is_cropped_about_the_centre() {
     shop.image(7, solid(9, 9, [5, 5, 5]), &["x"]);
     let summary = shop.prepare();
     assert_eq!(counts(&summary, Split::Train), Counts { kept: 5, enlarged: 1, ..Counts::default() });
-    assert_eq!(summary.dropped, drops(&[(Drop::Cropped, 1)]));
+    assert_eq!(summary.dropped, drops(&[(DropReason::Cropped, 1)]));
     let dataset = shop.open(Split::Train);
     for (id, .., kept) in cases {
         assert_eq!(dataset.find(id).is_some(), kept, "image {id}");
@@ -264,7 +264,7 @@ fn unreadable_images_are_listed_and_counted_not_fatal() {
     shop.record(8, "absent.png", &["x"]);
     let (summary, first) = shop.prepare_listing(&shop.settings());
     assert_eq!(counts(&summary, Split::Train), Counts { kept: 1, ..Counts::default() });
-    assert_eq!(summary.dropped, drops(&[(Drop::Unreadable, 6)]));
+    assert_eq!(summary.dropped, drops(&[(DropReason::Unreadable, 6)]));
     let names: Vec<_> = first.iter().map(|line| line.split(':').next().unwrap()).collect();
     assert_eq!(names, ["absent.png", "bomb.png", "corrupt.png", "empty.png", "text.png", "truncated.png"]);
     assert!(first[1].contains("60000x60000 is more than"), "{}", first[1]);
@@ -596,7 +596,7 @@ fn new_pictures_become_new_shards_and_old_ones_stay_as_they_are() {
     let settings = Settings { shard_size: 3, licence: "CC BY".into(), ..shop.settings() };
     let summary = add(&shop.folder(), &settings, None, &|_| ()).unwrap();
     assert_eq!((summary.records, summary.skipped), (47, 40));
-    assert_eq!(summary.dropped, drops(&[(Drop::Unreadable, 2)]), "one of them long since");
+    assert_eq!(summary.dropped, drops(&[(DropReason::Unreadable, 2)]), "one of them long since");
     assert_eq!(summary.splits.map(|(_, counts)| counts.kept), [34, 4, 7]);
     assert_eq!(counts(&summary, Split::Train).untagged, 1);
     let after = files(&out);
@@ -617,7 +617,7 @@ fn new_pictures_become_new_shards_and_old_ones_stay_as_they_are() {
 
     // Nothing is left to do, and the broken picture is not tried again.
     let again = add(&shop.folder(), &settings, None, &|event| assert!(!matches!(event, Event::Shard { .. }))).unwrap();
-    assert_eq!((again.skipped, again.dropped), (45, drops(&[(Drop::Unreadable, 2)])));
+    assert_eq!((again.skipped, again.dropped), (45, drops(&[(DropReason::Unreadable, 2)])));
     // A shard that was added and is gone is missed.
     let error = prepare(&gallery_of(&shop), &shop.settings(), None, &|_| ()).unwrap_err().to_string();
     assert!(error.contains(": pictures were added later; go on adding"), "{error}");
@@ -719,7 +719,7 @@ fn what_was_dropped_is_looked_at_again_once_its_file_is_another() {
     // In the shard of `broken.png`.
     shop.image(303, solid(16, 16, [3, 3, 3]), &["a"]);
     let first = shop.prepare();
-    let before = first.dropped.0[&Drop::Unreadable];
+    let before = first.dropped.0[&DropReason::Unreadable];
     let images = |summary: &Summary| summary.splits.iter().map(|(_, counts)| counts.kept).sum::<usize>();
     let unchanged = add(&shop.folder(), &shop.settings(), None, &|_| ()).unwrap();
     assert_eq!(
@@ -729,7 +729,7 @@ fn what_was_dropped_is_looked_at_again_once_its_file_is_another() {
     solid(16, 16, [9, 9, 9]).save(shop.file("300.png")).unwrap();
     for _ in 0..2 {
         let mended = add(&shop.folder(), &shop.settings(), None, &|_| ()).unwrap();
-        assert_eq!((images(&mended), mended.dropped.0[&Drop::Unreadable]), (images(&first) + 1, before - 1));
+        assert_eq!((images(&mended), mended.dropped.0[&DropReason::Unreadable]), (images(&first) + 1, before - 1));
         assert!(Split::ALL.iter().any(|&split| shop.open(split).find(300).is_some()));
     }
     // The same if the other record of its shard is not listed any more.
@@ -846,7 +846,7 @@ fn tags_and_conditions_are_changed_without_the_pictures() {
         let hot = vocabulary.multi_hot(&vocabulary.parse(now).unwrap().places());
         assert!(condition.iter().zip(hot).all(|(x, y)| (x - y).abs() < 1e-3), "{id}");
     }
-    assert_eq!((summary.skipped, &summary.dropped), (0, &drops(&[(Drop::Unreadable, 1)])));
+    assert_eq!((summary.skipped, &summary.dropped), (0, &drops(&[(DropReason::Unreadable, 1)])));
     // The same call that made the shards finds them as it would make them, and makes one anew that is lost.
     prepare(&other, &settings, None, &|event| assert!(!matches!(event, Event::Shard { kept: false, .. }))).unwrap();
     fs::remove_file(out.join("train-00001.safetensors")).unwrap();
@@ -1001,7 +1001,7 @@ fn a_picture_without_a_usable_feature_is_taken_once_it_has_one() {
     let settings = Settings { conditions: of_file(shop.dir.path().join("full.safetensors"), None), ..shop.settings() };
     let adds = || {
         let summary = add(&shop.folder(), &settings, None, &|_| ()).unwrap();
-        (summary.dropped.0.get(&Drop::NoFeature).copied(), shop.open(Split::Train).find(19).is_some())
+        (summary.dropped.0.get(&DropReason::NoFeature).copied(), shop.open(Split::Train).find(19).is_some())
     };
     for retags in [false, true] {
         features(0.0);
@@ -1264,7 +1264,7 @@ proptest! {
                 prop_assert!(pixels(&dataset, 2).iter().all(|&pixel| pixel == [90, 180, 20]));
             }
             Err(PrepareError::NothingKept { dropped, .. }) => {
-                prop_assert_eq!(dropped, drops(&[(Drop::Cropped, 1)]));
+                prop_assert_eq!(dropped, drops(&[(DropReason::Cropped, 1)]));
                 prop_assert!(lost > max_crop);
             }
             Err(error) => prop_assert!(false, "{}", error),
@@ -1432,7 +1432,7 @@ fn features_take_the_place_of_tags_and_have_norm_1() {
         // Of the 40 pictures six have an id that 7 divides; the broken one's id, 1002, is unknown here.
         let expected = (0..40).map(|k| k * 3 - 20).filter(|id| id % 7 != 0).count() - 2;
         assert_eq!(kept, expected);
-        assert_eq!(summary.dropped, drops(&[(Drop::NoFeature, 41 - kept)]), "{name}");
+        assert_eq!(summary.dropped, drops(&[(DropReason::NoFeature, 41 - kept)]), "{name}");
         let data = Dataset::open(&out, Split::Train).unwrap();
         assert_eq!(data.condition_dim(), 5);
         let source = if name == "features.npy" { ("", "") } else { ("tagger.onnx", "pooled") };
@@ -1633,7 +1633,7 @@ fn a_bad_record_is_one_bad_record() {
     shop.lines.push(r#"{"id": 34, "file": "/proc/kmsg", "tags": ["x"]}"#.into());
     let (summary, listed) = shop.prepare_listing(&shop.settings());
     assert_eq!(counts(&summary, Split::Train), Counts { kept: 1, ..Counts::default() });
-    assert_eq!(summary.dropped, drops(&[(Drop::Unreadable, bad.len() + 2)]));
+    assert_eq!(summary.dropped, drops(&[(DropReason::Unreadable, bad.len() + 2)]));
     let listed = listed.join("\n");
     for expected in ["pipe.png: it is a pipe, not a regular file", "folder.png: it is a directory", "it is a device"] {
         assert!(listed.contains(expected), "{listed}");

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use edm2k::collective::Part;
 use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::pictures::Picture;
-use edm2k::pipeline::{Image, Kept, Lacking, OutDir, PipelineError, Request, Step};
+use edm2k::pipeline::{Image, Lacking, OutDir, OutputKind, PipelineError, Request, Step};
 
 use super::{Resolved, SampleArgs};
 use crate::cli::ranks::Ranks;
@@ -87,7 +87,7 @@ fn lacking(out: &OutDir, part: Part, request: &Request) -> Vec<Range<usize>> {
 
 /// What came of a part's images, beside their files.
 #[derive(Default)]
-struct Made {
+struct PartResult {
     /// Pictures for a grid, by their images' numbers.
     pictures: BTreeMap<usize, Picture>,
     /// Latents, if there are no pictures.
@@ -101,7 +101,7 @@ struct Made {
 
 /// Makes this part's images, and writes their pictures. A device that runs all steps as one plan cannot show them: so steps
 /// are watched where they are kept, and on the CPU, where each takes so long that people want to see it.
-fn make(resolved: &mut Resolved, args: &SampleArgs, out: &OutDir, ranks: &Ranks) -> anyhow::Result<Made> {
+fn make(resolved: &mut Resolved, args: &SampleArgs, out: &OutDir, ranks: &Ranks) -> anyhow::Result<PartResult> {
     let Resolved { pipeline, request, kept, part } = resolved;
     let (own, save_steps) = (images_of(*part, request), args.save_steps);
     let (lacking, count) = (lacking(out, *part, request), own.len());
@@ -115,7 +115,7 @@ fn make(resolved: &mut Resolved, args: &SampleArgs, out: &OutDir, ranks: &Ranks)
     }
     if lacking.is_empty() {
         bar.finish_and_clear();
-        return Ok(Made::default());
+        return Ok(PartResult::default());
     }
     let terminal = std::io::stderr().is_terminal();
     let started = Instant::now();
@@ -124,7 +124,7 @@ fn make(resolved: &mut Resolved, args: &SampleArgs, out: &OutDir, ranks: &Ranks)
     if watched {
         images = images.watched(|step| {
             bar.inc(1);
-            if save_steps { steps.borrow_mut().keep(step, *kept == Kept::Steps) } else { Ok(()) }
+            if save_steps { steps.borrow_mut().keep(step, *kept == OutputKind::Steps) } else { Ok(()) }
         });
     }
     let (mut latents, mut latent_steps) = (Vec::new(), Vec::new());
@@ -135,7 +135,7 @@ fn make(resolved: &mut Resolved, args: &SampleArgs, out: &OutDir, ranks: &Ranks)
         for (image, done) in images.zip(before + 1..) {
             let image = image?;
             let number = image.number;
-            if *kept == Kept::Latents {
+            if *kept == OutputKind::Latents {
                 latent_steps.append(&mut steps.borrow_mut().latents.remove(&number).unwrap_or_default());
                 latents.push(image);
             } else {
@@ -160,26 +160,26 @@ fn make(resolved: &mut Resolved, args: &SampleArgs, out: &OutDir, ranks: &Ranks)
     bar.finish_and_clear();
     let seconds = started.elapsed().as_secs_f64();
     let rate = bar.length().unwrap_or(0) as f64 / seconds;
-    Ok(Made { pictures, latents, latent_steps, seconds, rate })
+    Ok(PartResult { pictures, latents, latent_steps, seconds, rate })
 }
 
 /// Makes this part's images and writes them, and what is made of those of all parts: a grid, or the file of all latents.
 pub fn draw(mut resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut Ranks) -> anyhow::Result<()> {
-    let Made { pictures, latents, latent_steps, seconds, rate } = make(&mut resolved, args, out, ranks)?;
+    let PartResult { pictures, latents, latent_steps, seconds, rate } = make(&mut resolved, args, out, ranks)?;
     let Resolved { pipeline, request, kept, part } = &resolved;
     let mut about = pipeline.parameters(request);
     let [height, width] = pipeline.size(request);
     let shape = [height, width, pipeline.net().config.img_channels];
     let parts = Parts { request, part: *part, out, args };
     let pictures = match kept {
-        Kept::Latents => Vec::new(),
+        OutputKind::Latents => Vec::new(),
         _ => match parts.gathered(pictures, &about, ranks)? {
             Some(pictures) => pictures,
             None => return Ok(()),
         },
     };
     // What is made of several images says so of them all.
-    let shown = if *kept == Kept::Latents { request.seeds.len() } else { pictures.len() };
+    let shown = if *kept == OutputKind::Latents { request.seeds.len() } else { pictures.len() };
     let conditions = &request.conditions[..shown.div_ceil(request.per_condition).min(request.conditions.len())];
     let prints: Vec<_> = conditions.iter().map(|condition| condition.fingerprint().to_string()).collect();
     about["per_condition"] = request.per_condition.into();
@@ -188,7 +188,7 @@ pub fn draw(mut resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut
     if !request.towards.is_empty() {
         about["towards"] = json!(request.towards);
     }
-    let target = if *kept == Kept::Latents {
+    let target = if *kept == OutputKind::Latents {
         about["save_steps"] = args.save_steps.into();
         let mut target = out.save_latents(&latents, &latent_steps, shape, &about)?;
         drop((latents, latent_steps));

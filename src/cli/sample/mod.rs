@@ -10,7 +10,7 @@ use edm2k::condition::Conditioning;
 use edm2k::condition::classes::Classes;
 use edm2k::memory;
 use edm2k::model::ModelFile;
-use edm2k::pipeline::{Condition, Kept, OutDir, Pipeline, Request};
+use edm2k::pipeline::{Condition, OutDir, OutputKind, Pipeline, Request};
 use edm2k::sample::presets::{SamplingPreset, preset};
 use edm2k::sample::{Churn, SamplerConfig, Solver, parse_seeds};
 
@@ -263,7 +263,7 @@ fn parse_interval(text: &str) -> Result<(f64, f64), String> {
 struct Resolved {
     pipeline: Pipeline,
     request: Request,
-    kept: Kept,
+    kept: OutputKind,
     /// This process's part of all images.
     part: Part,
 }
@@ -355,9 +355,9 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         note!("warning: the model was trained without --cond-dropout, so it never learned to draw without a condition");
     }
     let kept = match (pipeline.makes_pictures(), args.save_steps) {
-        (false, _) => Kept::Latents,
-        (true, true) => Kept::Steps,
-        (true, false) => Kept::Pictures,
+        (false, _) => OutputKind::Latents,
+        (true, true) => OutputKind::Steps,
+        (true, false) => OutputKind::Pictures,
     };
     let per_condition = usize::from(args.per_condition);
     let seeds = seeds(args, &wanted.iter().map(|(_, seed)| *seed).collect::<Vec<_>>())?;
@@ -376,7 +376,7 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     }
     let part = ranks.part(args.part)?;
     agree_on(ranks.met(), &given(args, &pipeline, &request))?;
-    if kept == Kept::Latents {
+    if kept == OutputKind::Latents {
         let [height, width] = pipeline.size(&request);
         let steps = if args.save_steps { request.sampler.taken() } else { 0 } as u128;
         let values = (height * width * pipeline.net().config.img_channels) as u128;

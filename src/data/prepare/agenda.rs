@@ -8,11 +8,11 @@ use std::time::{Duration, SystemTime};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
+use super::existing::ExistingDataset;
 use super::records::{Listing, Record};
 use super::render::{CHUNK, Conditions, LatentEncoder, print};
 use super::report::{Event, PrepareError, Report};
 use super::settings::Settings;
-use super::there::There;
 use crate::codec::LATENTS;
 use crate::collective::Part;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
@@ -61,7 +61,7 @@ impl<'a> Agenda<'a> {
         enlarge: Option<bool>,
         codec: Option<&LatentEncoder>,
         conditions: &Conditions,
-        there: Option<&There>,
+        there: Option<&ExistingDataset>,
     ) -> Result<Self, PrepareError> {
         let of = |split| listing.records.iter().filter(move |record| settings.split(record.id) == split);
         let vocabulary = match there {

@@ -26,7 +26,7 @@ use super::records::{Listing, Location, Record, Records, read_lines};
 use super::report::{Event, PrepareError, Report};
 use super::settings::Settings;
 use crate::condition::vocabulary::check_tag;
-use crate::data::shard::Drop;
+use crate::data::shard::DropReason;
 use crate::formats::{At, ends_in, json, tar};
 use crate::pictures::Size;
 use crate::pictures::fit::choose;
@@ -94,7 +94,8 @@ impl Records for Danbooru {
                 report(Event::Reading { what: "bytes of posts", done: end, total });
             }
             listing.read += 1;
-            let refusal = self.refuse(&post, settings).or(passed.contains_key(&post.id).then_some(Drop::Repeated));
+            let refusal =
+                self.refuse(&post, settings).or(passed.contains_key(&post.id).then_some(DropReason::Repeated));
             if let Some(drop) = refusal {
                 listing.dropped.add(drop);
                 return Ok(());
@@ -116,7 +117,7 @@ impl Records for Danbooru {
                 Some((file, place)) => {
                     listing.records.push(Record { id, file, place, tags, flip: false, repeats: NonZeroU8::MIN });
                 }
-                None => listing.dropped.add(Drop::NoFile),
+                None => listing.dropped.add(DropReason::NoFile),
             }
         }
         listing.records.sort_unstable_by_key(|record| (record.id.rem_euclid(1000), record.id));
@@ -131,7 +132,7 @@ impl Records for Danbooru {
 impl Danbooru {
     /// The first reason against a post, if there is one. Missing tags come first, so that the counts of all other
     /// reasons are of wanted posts.
-    fn refuse(&self, post: &Post, settings: &Settings) -> Option<Drop> {
+    fn refuse(&self, post: &Post, settings: &Settings) -> Option<DropReason> {
         let is =
             |field: &Option<Text>, allowed: &dyn Fn(&str) -> bool| field.as_ref().is_some_and(|text| allowed(&text.0));
         let lacks = |tag: &String| post.tag_string.0.split_whitespace().all(|own| own != tag);
@@ -139,13 +140,13 @@ impl Danbooru {
         let size = Size { width, height };
         let (_, crop) = choose(size, &settings.sizes);
         let reasons = [
-            (self.require.iter().any(lacks), Drop::LacksTags),
-            (!is(&post.file_ext, &|ending| STILL.contains(&ending)), Drop::NotStill),
-            (post.is_deleted != Some(false), Drop::Deleted),
-            (post.is_banned != Some(false), Drop::Banned),
-            (!is(&post.rating, &|rating| self.ratings.iter().any(|r| r == rating)), Drop::OtherRating),
-            (!crop.within(settings.max_crop), Drop::Cropped),
-            (crop.enlarged && !self.enlarge, Drop::Small),
+            (self.require.iter().any(lacks), DropReason::LacksTags),
+            (!is(&post.file_ext, &|ending| STILL.contains(&ending)), DropReason::NotStill),
+            (post.is_deleted != Some(false), DropReason::Deleted),
+            (post.is_banned != Some(false), DropReason::Banned),
+            (!is(&post.rating, &|rating| self.ratings.iter().any(|r| r == rating)), DropReason::OtherRating),
+            (!crop.within(settings.max_crop), DropReason::Cropped),
+            (crop.enlarged && !self.enlarge, DropReason::Small),
         ];
         reasons.into_iter().find(|(applies, _)| *applies).map(|(_, drop)| drop)
     }

@@ -12,18 +12,19 @@ use rayon::prelude::*;
 use serde_json::{Map, Value};
 
 use super::agenda::{Agenda, COMMON, check_pictures, check_some_settings, count_tags, date, made_with, same_setting};
+use super::existing::ExistingDataset;
 use super::records::{Listing, Record, Records};
 use super::render::{Conditions, LatentEncoder, feature, print};
 use super::report::{Event, PrepareError, Report, Summary};
 use super::settings::{ConditionInput, Settings};
-use super::there::There;
 use super::{Tally, listed, make, owned, rendering};
 use crate::condition::Conditioning;
 use crate::condition::vocabulary::Vocabulary;
 use crate::data::dataset::{Dataset, DatasetError, Split};
 use crate::data::pending::Pending;
 use crate::data::shard::{
-    Drop, Dropped, Drops, Header, Notes, SUMMARY_FILE, Shard, ShardImage, ShardImages, VOCABULARY_FILE, VocabularyPrint,
+    DropCounts, DropReason, DroppedRecord, Header, Notes, SUMMARY_FILE, Shard, ShardImage, ShardImages,
+    VOCABULARY_FILE, VocabularyPrint,
 };
 use crate::formats::At;
 use crate::formats::fingerprint::Fingerprint;
@@ -41,7 +42,7 @@ pub fn add(
 ) -> Result<Summary, PrepareError> {
     let out = &settings.out;
     let (_lock, pending) = owned(records, settings, codec.as_ref(), report)?;
-    let there = There::open(out, "add to")?;
+    let there = ExistingDataset::open(out, "add to")?;
     let conditions = Conditions::open(&settings.conditions)?;
     let mut listing = listed(records, settings, report)?;
     let now = made_with(None, settings, records.enlarge(), codec.as_ref(), &conditions);
@@ -57,15 +58,15 @@ pub fn add(
         known.extend(&shard.ids);
         // A picture that had no usable feature may have one among others.
         let other_features = !same_setting(notes.settings.get("features"), now.get("features"));
-        let stays = |drop: Drop| drop != Drop::NoFeature || !other_features;
+        let stays = |drop: DropReason| drop != DropReason::NoFeature || !other_features;
         refused.extend(refusals(&places, shard, notes).into_iter().filter(|(_, (drop, _))| stays(*drop)));
     })?;
     // A picture that was dropped is looked at again if its file is another by now.
     let skipped = places.keys().filter(|id| known.contains(*id)).count();
-    let mut dropped = Drops::default();
+    let mut dropped = DropCounts::default();
     let refused: Vec<_> = refused.into_iter().filter(|(id, _)| !known.contains(id)).collect();
     let (done, total) = (AtomicU64::new(0), refused.len() as u64);
-    let another = |(id, (_, then)): &(i64, (Drop, Option<Fingerprint>))| -> Result<bool, PrepareError> {
+    let another = |(id, (_, then)): &(i64, (DropReason, Option<Fingerprint>))| -> Result<bool, PrepareError> {
         let record = places.get(id).map(|&place| &listing.records[place]);
         let another = match (record, then) {
             (Some(record), Some(then)) => print(&record.read()?) != *then,
@@ -152,16 +153,20 @@ fn files<'a>(places: &HashMap<i64, usize>, shard: &Shard, notes: &'a Notes) -> V
 }
 
 /// The records that were dropped from a shard, each with the reason and, if that is known, what its file was.
-fn refusals(places: &HashMap<i64, usize>, shard: &Shard, notes: &Notes) -> Vec<(i64, (Drop, Option<Fingerprint>))> {
+fn refusals(
+    places: &HashMap<i64, usize>,
+    shard: &Shard,
+    notes: &Notes,
+) -> Vec<(i64, (DropReason, Option<Fingerprint>))> {
     let files: HashMap<_, _> = files(places, shard, notes).into_iter().collect();
-    let refusal = |dropped: &Dropped| (dropped.id, (dropped.drop, files.get(&dropped.id).map(|file| **file)));
+    let refusal = |dropped: &DroppedRecord| (dropped.id, (dropped.drop, files.get(&dropped.id).map(|file| **file)));
     notes.dropped.iter().map(refusal).collect()
 }
 
 /// Calls `each` with every shard. It is an error, with `advice`, if a picture in one of them has changed since; the
 /// picture's file may be gone.
 fn compare<'a>(
-    there: &'a There,
+    there: &'a ExistingDataset,
     records: &[Record],
     places: &HashMap<i64, usize>,
     advice: &'static str,
@@ -196,9 +201,9 @@ fn check_conditions(there: &Shard, new: &Header) -> Result<(), PrepareError> {
 }
 
 /// Whether a picture was dropped for want of a feature that it has now.
-fn has_feature_now(dropped: &Dropped, conditions: &Conditions) -> bool {
+fn has_feature_now(dropped: &DroppedRecord, conditions: &Conditions) -> bool {
     let Conditions::Known(features) = conditions else { return false };
-    dropped.drop == Drop::NoFeature && features.get(dropped.id).is_some_and(|values| feature(values).is_ok())
+    dropped.drop == DropReason::NoFeature && features.get(dropped.id).is_some_and(|values| feature(values).is_ok())
 }
 
 /// Gives all images the tags, flip and repeats that the records have by now, and new conditions: made of these tags, or the features of
@@ -211,7 +216,7 @@ fn has_feature_now(dropped: &Dropped, conditions: &Conditions) -> bool {
 pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Result<Summary, PrepareError> {
     let out = &settings.out;
     let (_lock, pending) = owned(records, settings, None, report)?;
-    let there = There::open(out, "change the tags of")?;
+    let there = ExistingDataset::open(out, "change the tags of")?;
     let conditions = Conditions::open(&settings.conditions)?;
     let mut listing = listed(records, settings, report)?;
     let ids = || there.shards().flat_map(|(.., shard)| &shard.ids).copied();

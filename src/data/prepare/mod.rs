@@ -49,13 +49,13 @@
 
 mod agenda;
 mod danbooru;
+mod existing;
 mod folder;
 mod grow;
 mod records;
 mod render;
 mod report;
 mod settings;
-mod there;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -76,8 +76,8 @@ pub use settings::{ConditionInput, Settings};
 use super::dataset::Split;
 use super::pending::Pending;
 pub use super::shard::SUMMARY_FILE;
-pub use super::shard::{Drop, Drops};
-use super::shard::{Dropped, Notes, Shard, ShardError, Unapplied, VOCABULARY_FILE};
+pub use super::shard::{DropCounts, DropReason};
+use super::shard::{DroppedRecord, Notes, Shard, ShardError, Unapplied, VOCABULARY_FILE};
 pub use crate::collective::Part;
 use crate::condition::vocabulary::Vocabulary;
 use crate::formats::fingerprint::Fingerprint;
@@ -185,7 +185,7 @@ struct Tally {
     splits: [Counts; 3],
     /// Images of each size.
     sizes: Vec<usize>,
-    dropped: Drops,
+    dropped: DropCounts,
     shards: BTreeMap<String, Fingerprint>,
 }
 
@@ -279,7 +279,9 @@ fn make(
         let shard = Shard::open(&path, &agenda.vocabulary)?;
         let notes = Notes::read(&shard.file)?;
         tally.add(job.split, &shard, &notes);
-        for Dropped { file, why, .. } in notes.dropped.iter().filter(|dropped| dropped.drop == Drop::Unreadable) {
+        for DroppedRecord { file, why, .. } in
+            notes.dropped.iter().filter(|dropped| dropped.drop == DropReason::Unreadable)
+        {
             report(Event::Unreadable { file, why });
         }
         notes.unapplied.iter().for_each(|Unapplied { file, profile }| report(Event::Unapplied { file, profile }));

@@ -13,7 +13,7 @@ use std::time::SystemTime;
 use super::report::{PrepareError, Report};
 use super::settings::Settings;
 use crate::condition::vocabulary::Vocabulary;
-use crate::data::shard::Drops;
+use crate::data::shard::DropCounts;
 use crate::formats::{At, FileError, input};
 use crate::pictures::decode::MAX_BYTES;
 use crate::system;
@@ -50,7 +50,7 @@ pub struct Listing {
     /// Their tags.
     pub tags: TagTable,
     /// The others.
-    pub dropped: Drops,
+    pub dropped: DropCounts,
     /// Distinct tags that cannot be tags here.
     pub unusable_tags: usize,
 }

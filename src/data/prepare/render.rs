@@ -16,7 +16,7 @@ use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::Vocabulary;
 use crate::condition::{Conditioning, unit_norm};
 use crate::data::features::Features;
-use crate::data::shard::{Drop, Dropped, Notes, ShardImage, ShardImages, Unapplied};
+use crate::data::shard::{DropReason, DroppedRecord, Notes, ShardImage, ShardImages, Unapplied};
 use crate::device::{Device, Encode};
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::transposed;
@@ -70,7 +70,7 @@ impl Conditions {
         if let Self::Known(features) = self {
             let before = listing.records.len();
             listing.records.retain(|record| features.contains(record.id));
-            (listing.records.len()..before).for_each(|_| listing.dropped.add(Drop::NoFeature));
+            (listing.records.len()..before).for_each(|_| listing.dropped.add(DropReason::NoFeature));
         }
     }
 
@@ -111,12 +111,12 @@ struct Ready {
 pub(super) fn feature(mut feature: Vec<f32>) -> Result<Vec<f32>, LeftOut> {
     match unit_norm(&mut feature) {
         true => Ok(feature),
-        false => Err((Drop::NoFeature, "its feature is zero or not finite".into())),
+        false => Err((DropReason::NoFeature, "its feature is zero or not finite".into())),
     }
 }
 
 /// Why an image is left out, and that in words.
-type LeftOut = (Drop, String);
+type LeftOut = (DropReason, String);
 
 /// The fingerprint of a picture's file; for an unreadable file, that of no bytes.
 pub(super) fn print(file: &Result<Vec<u8>, String>) -> Fingerprint {
@@ -155,7 +155,7 @@ impl Renderer<'_> {
                 let ready = |record: &&Record| -> Result<_, PrepareError> {
                     let file = record.read()?;
                     let print = print(&file);
-                    let ready = file.map_err(|why| (Drop::Unreadable, why));
+                    let ready = file.map_err(|why| (DropReason::Unreadable, why));
                     Ok((print, ready.and_then(|bytes| self.made_of(record, &bytes))))
                 };
                 let all = |chunk: &[&Record]| chunk.par_iter().map(ready).collect::<Vec<_>>();
@@ -180,7 +180,7 @@ impl Renderer<'_> {
                         enlarged += usize::from(ready.enlarged);
                         unapplied.extend(ready.unapplied.map(|profile| Unapplied { file: file(), profile }));
                     }
-                    Err((drop, why)) => dropped.push(Dropped { id: record.id, file: file(), drop, why }),
+                    Err((drop, why)) => dropped.push(DroppedRecord { id: record.id, file: file(), drop, why }),
                 }
             }
             Ok(())
@@ -190,17 +190,17 @@ impl Renderer<'_> {
 
     fn made_of(&self, record: &Record, bytes: &[u8]) -> Result<Ready, LeftOut> {
         let Settings { sizes, background, max_crop, .. } = self.settings;
-        let unreadable = |why: PictureError| (Drop::Unreadable, why.to_string());
+        let unreadable = |why: PictureError| (DropReason::Unreadable, why.to_string());
         let Decoded { picture: image, unapplied } = decode(bytes, *background).map_err(unreadable)?;
         let (shape, crop) = fit::choose(image.size(), sizes);
         let size = sizes[shape];
         if !crop.within(*max_crop) {
             let lost = 100.0 * crop.lost;
             let why = format!("{} loses {lost:.1} % by cropping to {size}", image.size());
-            return Err((Drop::Cropped, why));
+            return Err((DropReason::Cropped, why));
         }
         if crop.enlarged && !self.enlarge {
-            return Err((Drop::Small, format!("{} is smaller than {size}", image.size())));
+            return Err((DropReason::Small, format!("{} is smaller than {size}", image.size())));
         }
         let tags = record.places(self.places);
         let condition = match self.conditions {
@@ -211,7 +211,7 @@ impl Renderer<'_> {
                 let other = other.transpose().map_err(unreadable)?;
                 let shown = other.as_ref().map_or(&image, |other| &other.picture);
                 let made = tagger.features(shown, &record.file);
-                feature(made.map_err(|why| (Drop::NoFeature, why.to_string()))?)?
+                feature(made.map_err(|why| (DropReason::NoFeature, why.to_string()))?)?
             }
         };
         let picture = fit::fit(image, crop, size).map_err(unreadable)?;
@@ -225,6 +225,6 @@ fn latents(codec: &mut LatentEncoder, picture: &Picture) -> Result<Result<Vec<u8
     let halves: Vec<f16> = moments.iter().flat_map(|values| transposed(values, LATENTS)).map(f16::from_f32).collect();
     Ok(match halves.iter().all(|x| x.is_finite()) {
         true => Ok(halves.iter().flat_map(|x| x.to_le_bytes()).collect()),
-        false => Err((Drop::Unreadable, "the codec makes numbers of it that are not finite in f16".into())),
+        false => Err((DropReason::Unreadable, "the codec makes numbers of it that are not finite in f16".into())),
     })
 }

@@ -11,7 +11,7 @@ use crate::codec::CodecError;
 use crate::condition::vocabulary::{Vocabulary, VocabularyError};
 use crate::data::dataset::{DatasetError, Split};
 use crate::data::features::FeatureError;
-use crate::data::shard::{Drops, ShardError};
+use crate::data::shard::{DropCounts, ShardError};
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::safetensors::SafeError;
 use crate::formats::tar::TarError;
@@ -86,7 +86,7 @@ pub enum PrepareError {
     #[error("{0}")]
     Vocabulary(#[from] VocabularyError),
     #[error("none of the {records} images could be kept ({dropped})")]
-    NothingKept { records: usize, dropped: Drops },
+    NothingKept { records: usize, dropped: DropCounts },
 }
 
 /// Is told what happens, from any thread.
@@ -153,7 +153,7 @@ pub struct Summary {
     /// The same images by their sizes.
     pub sizes: Vec<Bucket>,
     /// What is not in the dataset, and why.
-    pub dropped: Drops,
+    pub dropped: DropCounts,
     /// Danbooru: distinct tags that cannot be tags here, as commas separate them.
     pub unusable_tags: usize,
     /// The vocabulary.

@@ -42,8 +42,8 @@ use crate::formats::safetensors::{Dtype, SafeError, SafeFile};
 
 pub use checksums::check_whole;
 pub(super) use checksums::{Contents, content, holds_nothing};
-pub use notes::{Drop, Drops};
-pub(super) use notes::{Dropped, Notes, Unapplied};
+pub use notes::{DropCounts, DropReason};
+pub(super) use notes::{DroppedRecord, Notes, Unapplied};
 pub(super) use read::Shard;
 pub(super) use write::{ShardImage, ShardImages};
 

@@ -26,7 +26,7 @@ pub(in crate::data) struct Notes {
     /// The ids of their records. Older shards have none.
     pub picture_ids: Vec<i64>,
     /// Records that were dropped when their pictures were looked at.
-    pub dropped: Vec<Dropped>,
+    pub dropped: Vec<DroppedRecord>,
     /// Images whose colours could not be converted.
     pub unapplied: Vec<Unapplied>,
     /// Images that were smaller than the target.
@@ -100,17 +100,17 @@ pub(in crate::data) struct Unapplied {
 
 /// A record that is not in its shard.
 #[derive(Debug, Serialize, Deserialize)]
-pub(in crate::data) struct Dropped {
+pub(in crate::data) struct DroppedRecord {
     pub id: i64,
     pub file: String,
-    pub drop: Drop,
+    pub drop: DropReason,
     pub why: String,
 }
 
 /// Why a record is not in the dataset. The first reason that applies counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Drop {
+pub enum DropReason {
     /// Danbooru: it lacks a tag that it must have.
     LacksTags,
     /// Danbooru: a film or an animation, or something else that is no still image.
@@ -135,20 +135,20 @@ pub enum Drop {
     Unreadable,
 }
 
-impl fmt::Display for Drop {
+impl fmt::Display for DropReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Drop::LacksTags => "without the required tags",
-            Drop::NotStill => "not a still image",
-            Drop::Deleted => "deleted",
-            Drop::Banned => "banned",
-            Drop::OtherRating => "of another rating",
-            Drop::Cropped => "of too different a shape",
-            Drop::Small => "too small",
-            Drop::Repeated => "listed before",
-            Drop::NoFile => "without a file",
-            Drop::NoFeature => "without a usable feature",
-            Drop::Unreadable => "unreadable",
+            DropReason::LacksTags => "without the required tags",
+            DropReason::NotStill => "not a still image",
+            DropReason::Deleted => "deleted",
+            DropReason::Banned => "banned",
+            DropReason::OtherRating => "of another rating",
+            DropReason::Cropped => "of too different a shape",
+            DropReason::Small => "too small",
+            DropReason::Repeated => "listed before",
+            DropReason::NoFile => "without a file",
+            DropReason::NoFeature => "without a usable feature",
+            DropReason::Unreadable => "unreadable",
         })
     }
 }
@@ -156,16 +156,16 @@ impl fmt::Display for Drop {
 /// How many records were dropped for each reason.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
-pub struct Drops(pub BTreeMap<Drop, usize>);
+pub struct DropCounts(pub BTreeMap<DropReason, usize>);
 
-impl Drops {
+impl DropCounts {
     /// Counts one more.
-    pub fn add(&mut self, drop: Drop) {
+    pub fn add(&mut self, drop: DropReason) {
         *self.0.entry(drop).or_default() += 1;
     }
 }
 
-impl fmt::Display for Drops {
+impl fmt::Display for DropCounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let parts: Vec<_> = self.0.iter().map(|(drop, count)| format!("{count} {drop}")).collect();
         f.write_str(&parts.join(", "))

@@ -9,12 +9,12 @@ use crate::data::pending::PendingView;
 use crate::data::shard::{Shard, VOCABULARY_FILE};
 
 /// A dataset that is there.
-pub(super) struct There {
+pub(super) struct ExistingDataset {
     pub vocabulary: Vocabulary,
     splits: Vec<Vec<Shard>>,
 }
 
-impl There {
+impl ExistingDataset {
     /// Opens all splits.
     ///
     /// # Errors

@@ -1,21 +1,17 @@
 //! `edm2k train`: train, fine-tune, resume.
 
+mod plan;
+
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 
 use anyhow::{Context, bail, ensure};
-use serde_json::{Value, json};
 
 use super::ranks::{self, Ranks};
 use super::say::{above, note, results};
 use super::signals::Requests;
 use super::{DeviceArgs, Ended};
 use edm2k::Device;
-use edm2k::backend::BackendError;
-use edm2k::backend::gpu::engine::Gpu;
-use edm2k::backend::gpu::launch::{Card, ConvLoop, Math};
-use edm2k::backend::gpu::runtime::Imagined;
 use edm2k::codec::{CodecError, CodecFile};
 use edm2k::data::dataset::{Dataset, DatasetError, Representation, Split, VOCABULARY_FILE};
 use edm2k::formats::fingerprint::Identity;
@@ -29,6 +25,7 @@ use edm2k::train::grid::Show;
 use edm2k::train::{
     DataIdentity, Event, Execution, Outcome, Schedule, Settings, Splits, State, Training, checkpoint, memory, meta_of,
 };
+use plan::{Fit, describe, fitting, plan_on_gpu};
 
 /// Train a network, or go on with a run.
 #[derive(clap::Args)]
@@ -290,17 +287,6 @@ pub(super) fn doubt(data: &Dataset) -> Option<String> {
     data.doubt().map(|doubt| format!("warning: {doubt}"))
 }
 
-/// How many images at a time fit into the GPU's free memory (`most`, a half, a quarter, ...), the bytes that takes, and the
-/// bytes that are free.
-fn fitting(device: &Device, most: u64, needed: impl Fn(u64) -> Option<u64>) -> Option<(u64, u64, u64)> {
-    let free = device.runtime()?.free()?;
-    let halves = std::iter::successors(Some(most), |&n| (n > 1).then(|| n.div_ceil(2)));
-    let mut tried = halves.map_while(|n| Some((n, needed(n)?)));
-    // A twentieth is left for what the driver and fragmentation take.
-    let fits = tried.find(|&(n, needed)| n == 1 || needed <= free / 20 * 19)?;
-    Some((fits.0, fits.1, free))
-}
-
 /// The network that the arguments ask for, fitted to the dataset.
 fn network(args: &TrainArgs, data: &Dataset, preset: Option<&Preset>, init: Option<&Model>) -> anyhow::Result<Config> {
     let (channels, dim) = (data.shape()[2], data.condition_dim());
@@ -431,16 +417,18 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     }
     execution.batch_gpu = execution.batch_gpu.min(settings.batch.div_ceil(ranks as u64));
     let needed = |n: u64| {
-        let memory = plan_on_gpu(&settings, n, &model, device, args.device.math()).ok()?;
-        memory["total_bytes"].as_u64()
+        let plan = plan_on_gpu(&settings, n, &model, device, args.device.math()).ok()?;
+        Some(plan.total_bytes as u64)
     };
     if args.batch_gpu.is_none()
-        && let Some((fits, takes, free)) = fitting(device, execution.batch_gpu, needed)
+        && let Some(Fit { images, takes, free }) = fitting(device, execution.batch_gpu, needed)
     {
         let gb = |bytes: u64| bytes as f64 / 1e9;
         let (takes, free) = (gb(takes), gb(free));
-        notes.push(format!("{fits} images at a time take {takes:.1} of {free:.1} GB; --batch-gpu sets another number"));
-        execution.batch_gpu = fits;
+        notes.push(format!(
+            "{images} images at a time take {takes:.1} of {free:.1} GB; --batch-gpu sets another number"
+        ));
+        execution.batch_gpu = images;
     }
     execution.validate()?;
     Ok(Resolved { settings, execution, model, notes })
@@ -539,60 +527,4 @@ fn execution(
         restart: args.restart,
         ..usual
     })
-}
-
-/// The resolved configuration as JSON.
-fn describe(
-    settings: &Settings,
-    execution: &Execution,
-    model: &Model,
-    device: &Device,
-    math: Math,
-) -> anyhow::Result<String> {
-    let [height, width] = settings.data.largest();
-    let averages = settings.ema.len();
-    let memory = memory::estimate(&settings.config, &model.table, height, width, execution.batch_gpu, averages);
-    let gpu =
-        plan_on_gpu(settings, execution.batch_gpu, model, device, math).unwrap_or_else(|why| json!(why.to_string()));
-    let goes_on = execution.outdir.is_dir() && !execution.restart;
-    let newest = if goes_on { checkpoint::list(&execution.outdir)?.into_iter().next() } else { None };
-    Ok(serde_json::to_string_pretty(&json!({
-        "settings": settings,
-        "execution": execution,
-        "parameters": model.table.trained_values(),
-        "multiply_adds_per_forward": model.net.macs(&model.table, height, width),
-        "memory_bytes": memory,
-        "on_a_gpu": gpu,
-        "resumes_from": newest.map(|path| path.display().to_string()),
-    }))?)
-}
-
-/// Memory, launches and traffic of a micro-batch on a GPU, by the plan that the device would get if it is one; else an H100
-/// if its loop of convolutions is asked for; else a GeForce RTX 4090. No GPU is needed for it. If images have several sizes,
-/// the plan is that of the size which needs the most memory.
-fn plan_on_gpu(
-    settings: &Settings,
-    batch_gpu: u64,
-    model: &Model,
-    device: &Device,
-    math: Math,
-) -> Result<Value, BackendError> {
-    let card = match (device.runtime(), math.conv_loop) {
-        (Some(runtime), _) => Imagined::new(runtime.card()),
-        (None, Some(ConvLoop::Wgmma)) => Imagined::new(Card::new(132, 90)),
-        (None, _) => Imagined::rtx_4090(),
-    };
-    let mut gpu = Gpu::for_training(Rc::new(card), math, &model.table, settings.ema.len())?;
-    for [height, width] in settings.data.all_sizes() {
-        edm2k::train::rehearse(&mut gpu, &model.net, settings.dropout, [batch_gpu as usize, height, width])?;
-    }
-    let cost = gpu.costs().max_by_key(|cost| cost.workspace).unwrap_or_default();
-    let total = gpu.param_bytes() + cost.workspace;
-    Ok(json!({
-        "parameters_bytes": gpu.param_bytes(),
-        "activations_bytes": cost.workspace,
-        "total_bytes": total,
-        "launches": cost.launches,
-        "bytes_moved": cost.bytes,
-    }))
 }
