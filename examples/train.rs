@@ -39,7 +39,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut event = |event: Event| match event {
         Event::Status(s) => println!("{} images, loss {:.4}, {:.1} images/s", s.nimg, s.loss, s.images_per_s),
         Event::Saved(path) => println!("wrote {}", path.display()),
-        Event::Note(text) | Event::Fewer(text) => println!("{text}"),
+        Event::Note(text) => println!("{text}"),
+        Event::Warning(text) | Event::Fewer(text) => println!("warning: {text}"),
         _ => {}
     };
     // Set by somebody else, such as a signal's handler, it ends the run after the step at hand, with a checkpoint.

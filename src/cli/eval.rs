@@ -24,7 +24,6 @@ use edm2k::train::validation::{LevelLoss, Noisy, SIGMAS};
 
 use super::ranks::{self, Ranks};
 use super::say::{note, out};
-use super::train::doubt;
 use super::{DeviceArgs, claim, exists, may_be_written, no_other_format};
 
 /// Longest time that a part waits for another to leave what it has found.
@@ -102,14 +101,14 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         plot => plot.map(claimed).transpose()?,
     };
     let model = Model::load(&args.model).context("--model")?;
-    model.doubts.iter().filter(|_| ranks.first()).for_each(|doubt| note!("warning: --model {doubt}"));
+    model.doubts.iter().for_each(|doubt| ranks.warn(&format!("--model {doubt}")));
     let data = Dataset::open(&args.data, args.split).context("--data")?;
-    doubt(&data).iter().filter(|_| ranks.first()).for_each(|warning| note!("{warning}"));
+    data.doubt().iter().for_each(|doubt| ranks.warn(doubt));
     let (config, dir) = (&model.net.config, args.data.display());
     let (theirs, ours) = (Domain::of_dataset(&data), Domain::of_model(config, &model.meta));
     theirs.check_given(&dir, &ours, args.model.display())?;
     let unknown = theirs.doubt(&dir, &ours, args.model.display()).filter(|_| !learned_from(&model.meta, &args.data));
-    unknown.iter().filter(|_| ranks.first()).for_each(|warning| note!("warning: {warning}"));
+    unknown.iter().for_each(|warning| ranks.warn(warning));
     config.check_sizes(&data.sizes()).with_context(|| dir.to_string())?;
     let images = data.len().min(args.images as usize);
     let batch = usize::from(args.batch);

@@ -78,6 +78,18 @@ impl Ranks {
         self.met.rank() == 0
     }
 
+    /// Says on stderr what goes for all of them, which were given the same: the first of them does.
+    pub fn say(&self, text: &str) {
+        if self.first() {
+            note!("{text}");
+        }
+    }
+
+    /// The same of a warning.
+    pub fn warn(&self, text: &str) {
+        self.say(&format!("warning: {text}"));
+    }
+
     /// This process's part of the work: by its rank, or the part that somebody `asked` for.
     ///
     /// # Errors

@@ -119,14 +119,12 @@ pub(super) fn newest<B: TrainingBackend>(
         let before = &checkpoint.state.computed_on;
         if !before.is_empty() && *before != execution.computed_on {
             let now = &execution.computed_on;
-            event(Event::Note(format!(
-                "warning: computed on {before} so far, on {now} from here: it rounds otherwise"
-            )));
+            event(Event::Warning(format!("computed on {before} so far, on {now} from here: it rounds otherwise")));
         }
         let now = execution.batch_gpu.min(settings.batch);
         if let Some(before) = checkpoint.state.batch_gpu.filter(|&before| before != now) {
-            event(Event::Note(format!(
-                "warning: {before} images at a time so far, {now} from here: it rounds otherwise (--batch-gpu)"
+            event(Event::Warning(format!(
+                "{before} images at a time so far, {now} from here: it rounds otherwise (--batch-gpu)"
             )));
         }
         return Ok(Some(State { settings, computed_on: execution.computed_on.clone(), ..checkpoint.state }));

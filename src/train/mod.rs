@@ -162,7 +162,9 @@ pub enum Event<'a> {
     Status(&'a Status),
     /// A file was written to its end. Rank 0 reports those of all ranks.
     Saved(&'a Path),
-    /// The device has no memory for as many images at a time as before: a line that says so.
+    /// Something that the user should know: a line.
+    Warning(String),
+    /// A warning that the device has no memory for as many images at a time as before: a line.
     Fewer(String),
     /// Something else worth a line.
     Note(String),
@@ -250,7 +252,7 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
     let (mut lock, mut state) = (None, None);
     if part.number == 0 {
         let held = lock.insert(DirLock::exclusive(dir)?);
-        held.warning().into_iter().for_each(|warning| event(Event::Note(format!("warning: {warning}"))));
+        held.warning().into_iter().for_each(|warning| event(Event::Warning(warning)));
         if execution.restart {
             set_aside(dir, event).at(dir)?;
         }
@@ -472,7 +474,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         self.backend.make_effective(Slot::Ema(0), Normalization::Eval)?;
         let mut batch = self.batch_aside.min(self.batch_gpu);
         let mut halved = |why: &dyn std::fmt::Display, n: usize| {
-            event(Event::Fewer(format!("warning: {why}; going on with {n} images at a time beside training")));
+            event(Event::Fewer(format!("{why}; going on with {n} images at a time beside training")));
         };
         let done = work(self, &mut batch, &mut halved);
         self.batch_aside = batch;
@@ -578,7 +580,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         }
         // A run does not end because a picture cannot be drawn.
         if let Some(Err(cause)) = self.files.as_ref().map(|files| files.stats.draw()) {
-            event(Event::Note(format!("warning: {}: {cause}", dir.join("loss.svg").display())));
+            event(Event::Warning(format!("{}: {cause}", dir.join("loss.svg").display())));
         }
         Ok(())
     }

@@ -127,7 +127,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     fn halve(&mut self, n: usize, why: &BackendError, event: &mut dyn FnMut(Event)) {
         // This step keeps the number of rounds that all ranks agreed on. The next one will have more.
         self.batch_gpu = n.div_ceil(2);
-        event(Event::Fewer(format!("warning: {why}; going on with {} images at a time", self.batch_gpu)));
+        event(Event::Fewer(format!("{why}; going on with {} images at a time", self.batch_gpu)));
     }
 }
 

@@ -1085,7 +1085,7 @@ fn go_on(place: &Place, duration: u64, stop_at: Option<u64>, execution: &Executi
     let (mut said, stop) = (String::new(), AtomicBool::new(false));
     let mut note = |event: Event| match event {
         Event::Step(nimg) if Some(nimg) == stop_at => stop.store(true, Ordering::Relaxed),
-        Event::Note(text) => said += &text,
+        Event::Note(text) | Event::Warning(text) => said += &text,
         _ => {}
     };
     let splits = Splits { train: &data, validation: None };

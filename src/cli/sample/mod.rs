@@ -349,7 +349,7 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
              lead away from there; --negative is for all that have none of their own",
             place + 1
         );
-        args.sampler.without_guide(&mut sampler).iter().filter(|_| ranks.first()).for_each(|text| note!("{text}"));
+        args.sampler.without_guide(&mut sampler).iter().for_each(|text| ranks.say(text));
     }
     if wanted.is_empty() && pipeline.meta().is_always_conditional(&pipeline.net().config) && ranks.first() {
         note!("warning: the model was trained without --cond-dropout, so it never learned to draw without a condition");
@@ -415,10 +415,9 @@ fn given(args: &SampleArgs, pipeline: &Pipeline, request: &Request) -> Value {
     })
 }
 
-/// One rank speaks for all, which were given the same.
+/// Says what the pipeline warns of, as far as an option has led to it.
 fn warn(pipeline: &mut Pipeline, ranks: &Ranks, option: &str) {
-    let warnings = pipeline.warnings();
-    warnings.iter().filter(|_| ranks.first()).for_each(|warning| note!("warning: {option}{warning}"));
+    pipeline.warnings().iter().for_each(|warning| ranks.warn(&format!("{option}{warning}")));
 }
 
 /// The seed of each image. Without --seeds those of the prompts, and where they have none, the image's number. A row leads

@@ -195,7 +195,8 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
     let device = if args.dry_run { ranks.open_to_plan(&args.device)? } else { ranks.open(&args.device)? };
     let (mut viewer, warning) = viewer(args, &data, &device, ranks.first()).context("--vae")?;
     let Resolved { settings, execution, model, mut notes } = resolve(args, &data, &device, ranks.size())?;
-    notes.extend([Some(&data), validation.as_ref()].into_iter().flatten().filter_map(doubt));
+    let doubts = [Some(&data), validation.as_ref()].into_iter().flatten().filter_map(Dataset::doubt);
+    notes.extend(doubts.map(|doubt| format!("warning: {doubt}")));
     if args.dry_run {
         if ranks.first() {
             notes.iter().for_each(|note| note!("{note}"));
@@ -218,7 +219,8 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
     let say = |text: &str| if rank > 0 { note!("rank {rank}: {text}") } else { above(&bar, text) };
     let mut show = |event: Event| match event {
         Event::Note(text) => say(&text),
-        Event::Fewer(text) => say(&format!("{text}; --batch-gpu sets how many")),
+        Event::Warning(text) => say(&format!("warning: {text}")),
+        Event::Fewer(text) => say(&format!("warning: {text}; --batch-gpu sets how many")),
         Event::Saved(path) => {
             saved = true;
             above(&bar, &format!("wrote {}", path.display()));
@@ -280,11 +282,6 @@ fn viewer(
         viewer.picture([height, width], &vec![0.0; height * width * channels])?;
     }
     Ok((viewer, warning))
-}
-
-/// A warning of a dataset's [`Dataset::doubt`].
-pub(super) fn doubt(data: &Dataset) -> Option<String> {
-    data.doubt().map(|doubt| format!("warning: {doubt}"))
 }
 
 /// The network that the arguments ask for, fitted to the dataset.
