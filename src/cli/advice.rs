@@ -50,6 +50,7 @@ fn advice(error: &(dyn Error + 'static)) -> Option<&'static str> {
         Some(ModelError::Heads { .. }) => return Some("`edm2k import --config` sets the width"),
         Some(ModelError::Other { what: OtherFile::ConditionModel, .. }) => return Some("--condition-model takes it"),
         Some(ModelError::Other { what: OtherFile::Autoencoder, .. }) => return Some("--vae takes it"),
+        Some(ModelError::Other { what: OtherFile::Conditions, .. }) => return Some("--conditions takes it"),
         _ => {}
     }
     match error.downcast_ref() {

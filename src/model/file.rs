@@ -23,7 +23,7 @@ use crate::backend::{BackendError, NetworkBackend, Slot, TrainingBackend};
 use crate::codec::{Autoencoder, CodecFile, LATENTS};
 use crate::condition::vae;
 use crate::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
-use crate::condition::{Conditioning, Meaning};
+use crate::condition::{Conditioning, MEANING_KEY, Meaning};
 use crate::formats::fingerprint::{Fingerprint, settle};
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, not_finite};
 use crate::formats::{json, weights};
@@ -199,6 +199,7 @@ pub enum ModelError {
 pub enum OtherFile {
     ConditionModel,
     Autoencoder,
+    Conditions,
 }
 
 impl fmt::Display for OtherFile {
@@ -206,6 +207,7 @@ impl fmt::Display for OtherFile {
         f.write_str(match self {
             Self::ConditionModel => "a condition model",
             Self::Autoencoder => "an autoencoder",
+            Self::Conditions => "conditions of images",
         })
     }
 }
@@ -549,6 +551,11 @@ fn other_file(file: &SafeFile) -> Option<OtherFile> {
     match file {
         _ if vae::is_one(file) => Some(OtherFile::ConditionModel),
         _ if CodecFile::is_one(file) => Some(OtherFile::Autoencoder),
+        _ if file.metadata().contains_key(MEANING_KEY)
+            || ["ids", "features"].iter().all(|name| file.contains(name)) =>
+        {
+            Some(OtherFile::Conditions)
+        }
         _ => None,
     }
 }

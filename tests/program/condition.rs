@@ -388,6 +388,8 @@ fn the_commands_work_together_on_real_tags() {
     let images = ["sample", "--model", "c.safetensors", "--outdir", "out"];
     let said = refused(command::edm2k(dir, &images).assert());
     assert!(said.contains("a condition model, expected a model of images; --condition-model takes it"), "{said}");
+    let said = refused(command::edm2k(dir, &["info", "v.safetensors"]).assert());
+    assert!(said.contains("conditions of images, expected a model of images; --conditions takes it"), "{said}");
     let unknown = ["sample", "--model", "c.safetensors", "--tags", &format!("{}x", common.tag)];
     let message = refused(edm2k(dir, &unknown));
     assert!(message.contains("did you mean") && message.contains(&common.tag), "{message}");
