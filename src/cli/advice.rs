@@ -6,7 +6,7 @@ use edm2k::DeviceError;
 use edm2k::backend::gpu::runtime::PARAMETERS;
 use edm2k::data::prepare::{DropReason, PrepareError};
 use edm2k::model::ModelError;
-use edm2k::model::file::OtherFile;
+use edm2k::model::error::OtherFile;
 use edm2k::pipeline::{ConditionError, OutputError};
 use edm2k::train::TrainError;
 

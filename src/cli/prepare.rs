@@ -78,8 +78,8 @@ pub struct PrepareArgs {
     /// of this METADATA
     #[arg(long)]
     add: bool,
-    /// Give the images that are there other tags, flip and repeats, and with --features other conditions; what are features
-    /// do not become tags again. Give the same --vocabulary and pictures' options as before
+    /// Give the images that are there other tags, flip and repeats, and with --features other conditions; what are
+    /// features do not become tags again. Give --vocabulary and the pictures' options as before
     #[arg(long, conflicts_with_all = ["add", "tagger"])]
     retag: bool,
     /// Width and height of the dataset's images, in pixels [default with --danbooru: 512x704]
@@ -211,8 +211,12 @@ fn make(args: PrepareArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Refuses a directory that belongs to a run, or to the pictures: a dataset needs one of its own.
+/// Refuses a directory that belongs to a run, or to the pictures: a dataset needs one of its own. One that is there already
+/// may go on.
 fn may_be_dataset(out: &Path, images: Option<&Path>) -> anyhow::Result<()> {
+    if out.join(VOCABULARY_FILE).exists() {
+        return Ok(());
+    }
     let what = match images.map(|images| images.canonicalize().ok().zip(out.canonicalize().ok())) {
         Some(Some((images, out))) if images == out => "the pictures are",
         _ if out.is_dir() && info::run::is_one(out)? => "a run is",
@@ -377,7 +381,7 @@ fn shown(settings: &Settings, summary: &Summary, skipped: &str) -> String {
     }
     let tags = summary.vocabulary.tags();
     if let Some(rarest) = tags.last() {
-        lines.push(format!("  {:10} {:>8} tags, the rarest on {} images", "vocabulary", tags.len(), rarest.count));
+        lines.push(format!("  {:10} {:>8} tags, the rarest in {} records", "vocabulary", tags.len(), rarest.count));
     }
     if summary.skipped > 0 {
         lines.push(format!("  {:10} {:>8} {skipped}", "skipped", summary.skipped));

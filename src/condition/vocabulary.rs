@@ -39,7 +39,7 @@ const LONGEST: usize = 256;
 pub struct Tag {
     /// The tag as it is written; no comma, no space at its ends.
     pub tag: String,
-    /// How many of the training images carry it.
+    /// How many records for training have it, whether their pictures turned out to be usable or not.
     pub count: u64,
 }
 
@@ -97,6 +97,8 @@ pub enum NoTag {
     Comma(String),
     #[error("{0:?} has a control character")]
     Control(String),
+    #[error("{0:?} has an invisible character")]
+    Invisible(String),
 }
 
 /// Whether a text can be a tag.
@@ -108,11 +110,19 @@ pub fn check_tag(tag: &str) -> Result<(), NoTag> {
         "" => Err(NoTag::Empty),
         _ if tag.trim() != tag => Err(NoTag::Space(tag.into())),
         _ if tag.contains(',') => Err(NoTag::Comma(tag.into())),
-        // A byte order mark and the like: nobody would see that it is another tag.
-        _ if tag.contains(|c: char| c.is_control() || "\u{feff}\u{200b}\u{2060}".contains(c)) => {
-            Err(NoTag::Control(tag.into()))
-        }
         _ => Ok(()),
+    }
+}
+
+/// As [`check_tag`], of a tag that somebody has just written: neither a byte order mark, which some editors put before text, nor
+/// what else nobody sees may make two tags of one.
+///
+/// # Errors
+/// [`NoTag`]: why not.
+pub fn check_new_tag(tag: &str) -> Result<(), NoTag> {
+    match tag.contains(['\u{feff}', '\u{200b}', '\u{2060}']) {
+        true => Err(NoTag::Invisible(tag.into())),
+        false => check_tag(tag),
     }
 }
 

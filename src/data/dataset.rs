@@ -258,7 +258,8 @@ impl Dataset {
             _ => "that its shards belong together",
         };
         Some(format!(
-            "{}: no {SUMMARY_FILE} beside it knows it, so nothing tells {of}; `edm2k prepare` as before checks and writes it",
+            "{}: no {SUMMARY_FILE} beside it knows its content, so nothing tells {of}; `edm2k prepare` as before checks and \
+             writes it",
             path.display()
         ))
     }

@@ -42,7 +42,7 @@ pub fn object<T: DeserializeOwned>(json: &str) -> Result<T, JsonError> {
     Fields::parse(json)?.read()
 }
 
-/// The fields of an object as they are written, each once, without those that are null: what some programs leave out.
+/// The fields of an object as they are written, each once.
 #[derive(Debug, Serialize)]
 pub struct Fields(BTreeMap<String, Box<RawValue>>);
 
@@ -55,9 +55,28 @@ impl Fields {
         read(json)
     }
 
+    /// Those that are not null, which is what many programs write for what they leave out.
+    #[must_use]
+    pub fn without_nulls(mut self) -> Self {
+        self.0.retain(|_, value| value.get() != "null");
+        self
+    }
+
+    /// A field, as it is written.
+    pub fn get(&self, field: &str) -> Option<&str> {
+        self.0.get(field).map(|value| value.get())
+    }
+
     /// Sets a field that is not there.
     pub fn or(&mut self, field: &str, value: impl Serialize) {
-        if let (false, Ok(value)) = (self.0.contains_key(field), to_raw_value(&value)) {
+        if !self.0.contains_key(field) {
+            self.set(field, value);
+        }
+    }
+
+    /// Sets a field.
+    pub fn set(&mut self, field: &str, value: impl Serialize) {
+        if let Ok(value) = to_raw_value(&value) {
             self.0.insert(field.into(), value);
         }
     }
@@ -95,9 +114,7 @@ impl<'de> Visitor<'de> for Fields {
             if self.0.len() == MAX_FIELDS {
                 return Err(A::Error::custom(format!("more than {MAX_FIELDS} fields")));
             }
-            if value.get() != "null" {
-                self.0.insert(field, value);
-            }
+            self.0.insert(field, value);
         }
         Ok(self)
     }
@@ -139,7 +156,8 @@ fn plain(error: &serde_json::Error) -> String {
     let unsigned = ["u64", "u32", "u16", "u8", "usize"].map(|kind| (kind, "a whole number that is not negative"));
     let others = [("i64", "a whole number"), ("f64", "a number"), ("f32", "a number")];
     let containers = [("a sequence", "a list"), ("a map", "an object")];
-    for (kind, plain) in unsigned.into_iter().chain(others).chain(containers) {
+    let nonzero = [("a nonzero u8", "a whole number from 1 to 255"), ("a nonzero u32", "a whole number from 1 on")];
+    for (kind, plain) in unsigned.into_iter().chain(others).chain(containers).chain(nonzero) {
         if let Some(what) = text.strip_suffix(&format!("expected {kind}")) {
             return format!("{what}expected {plain}");
         }
@@ -201,7 +219,14 @@ mod tests {
         );
         let many = Value::from_iter((0..300).map(|i| (format!("f{i}"), i)));
         assert!(said(&many.to_string()).starts_with("more than 256 fields"));
+        assert_eq!(
+            read::<std::num::NonZeroU8>("0").unwrap_err().to_string(),
+            "invalid value: integer `0`, expected a whole number from 1 to 255 at column 1"
+        );
         let mut fields = Fields::parse(r#"{"parts": [], "size": null}"#).unwrap();
+        fields.or("size", 3);
+        assert_eq!(fields.get("size"), Some("null"));
+        let mut fields = fields.without_nulls();
         fields.or("size", 3);
         fields.or("parts", "is there");
         let thing: Thing = fields.read().unwrap();

@@ -8,7 +8,6 @@
 
 use std::collections::HashMap;
 use std::f32::consts::TAU;
-use std::fmt;
 use std::path::{Path, PathBuf};
 
 use half::f16;
@@ -17,15 +16,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::config::{Config, ConfigError};
+use super::error::ModelError;
 use super::guess;
 use super::precond::Precond;
 use crate::backend::{BackendError, NetworkBackend, Slot, TrainingBackend};
-use crate::codec::{Autoencoder, CodecFile, LATENTS};
-use crate::condition::vae;
+use crate::codec::{Autoencoder, LATENTS};
 use crate::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
-use crate::condition::{Conditioning, MEANING_KEY, Meaning};
+use crate::condition::{Conditioning, Meaning};
 use crate::formats::fingerprint::{Fingerprint, settle};
-use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, not_finite};
+use crate::formats::safetensors::{self, Dtype, SafeFile, not_finite};
 use crate::formats::{json, weights};
 use crate::params::{ParamId, ParamKind, ParamTable};
 use crate::rng::{Purpose, Stream};
@@ -157,61 +156,6 @@ impl ModelMeta {
     }
 }
 
-/// What can be wrong with a model file.
-#[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // the messages say it
-#[non_exhaustive]
-pub enum ModelError {
-    #[error("{0}")]
-    File(#[from] SafeError),
-    /// An entry of the metadata is missing or malformed.
-    #[error("{}: metadata \"{key}\": {what}", path.display())]
-    Metadata { path: PathBuf, key: &'static str, what: String },
-    /// The config does not describe a network, or not one for the image size.
-    #[error("{}: {cause}", path.display())]
-    Config { path: PathBuf, cause: ConfigError },
-    /// What is assumed about attention heads is impossible.
-    #[error("{}: it does not say how wide attention heads are, and as in EDM2 they cannot be: {cause}", path.display())]
-    Heads { path: PathBuf, cause: ConfigError },
-    /// Options that were given do not go with each other, or with what the file's shapes tell.
-    #[error("of the network in {}: {what}", path.display())]
-    Given { path: PathBuf, what: String },
-    /// It is something else.
-    #[error("{}: {what}, expected a model of images", path.display())]
-    Other { path: PathBuf, what: OtherFile },
-    /// It holds more than a model.
-    #[error("{}: a checkpoint of a run, expected a model of images", path.display())]
-    Checkpoint { path: PathBuf },
-    /// A tensor that the network of the config does not have.
-    #[error("{}: tensor {name} is not a parameter of the network that the file's config describes", path.display())]
-    Unknown { path: PathBuf, name: String },
-    /// A weight is infinite or not a number, or does not fit the element type that it is to be saved in.
-    #[error(
-        "{}: tensor {name}: found {value} at {at}, expected finite {dtype} numbers{}", path.display(),
-        if value.is_finite() { ", which are smaller" } else { "" }
-    )]
-    NotFinite { path: PathBuf, name: String, at: usize, value: f32, dtype: Dtype },
-}
-
-/// What a file that is no model of images may be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)] // the names say it
-pub enum OtherFile {
-    ConditionModel,
-    Autoencoder,
-    Conditions,
-}
-
-impl fmt::Display for OtherFile {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::ConditionModel => "a condition model",
-            Self::Autoencoder => "an autoencoder",
-            Self::Conditions => "conditions of images",
-        })
-    }
-}
-
 /// A network with its parameters on the host.
 pub struct Model {
     /// What the file says beside the config.
@@ -283,35 +227,10 @@ impl ModelFile {
             }
             Some(config) => json::read(config).map_err(|e| metadata("config", e.to_string()))?,
             None => {
-                let missing = || match other_file(&file) {
-                    Some(what) => ModelError::Other { path: path.into(), what },
-                    None => metadata("config", "it is missing, so this is not a model file".into()),
-                };
-                let bare = !file.metadata().contains_key("edm2k");
-                let (prefix, others) = guess::prefix(&file).filter(|_| bare).ok_or_else(missing)?;
-                if !others.is_empty() {
-                    doubts.push(format!("its network is that of '{prefix}', not '{}'", others.join("', '")));
-                }
-                file = file.renamed(|name| name.strip_prefix(&prefix).map(str::to_owned));
-                let config = guess::config(&file, given)?;
-                let wrong = |what| ModelError::Given { path: path.into(), what };
-                let config: Config = json::object(&config.to_string()).map_err(|e| wrong(e.to_string()))?;
-                let assumed = !given.contains_key(guess::HEADS);
-                let of_heads =
-                    |cause: &ConfigError| matches!(cause, ConfigError::Field { field, .. } if *field == guess::HEADS);
-                config.validate().map_err(|cause| match cause {
-                    cause if assumed && of_heads(&cause) => ModelError::Heads { path: path.into(), cause },
-                    cause if given.is_empty() => ModelError::Config { path: path.into(), cause },
-                    cause => wrong(cause.to_string()),
-                })?;
-                if assumed {
-                    doubts.push(format!(
-                        "it does not say how wide attention heads are, {} is assumed, as in EDM2; `edm2k import` with a config \
-                         sets another width",
-                        config.channels_per_head
-                    ));
-                }
-                config
+                let guessed = guess::guessed(path, file, given)?;
+                file = guessed.file;
+                doubts.extend(guessed.doubts);
+                guessed.config
             }
         };
         let config_error = |cause| ModelError::Config { path: path.into(), cause };
@@ -543,20 +462,6 @@ impl<'a> ModelWriter<'a> {
     /// [`ModelError::File`]; then the path keeps its old content.
     pub fn finish(self) -> Result<(), ModelError> {
         Ok(self.file.finish()?)
-    }
-}
-
-/// What a file is that is not a model, as far as its tensors and metadata tell.
-fn other_file(file: &SafeFile) -> Option<OtherFile> {
-    match file {
-        _ if vae::is_one(file) => Some(OtherFile::ConditionModel),
-        _ if CodecFile::is_one(file) => Some(OtherFile::Autoencoder),
-        _ if file.metadata().contains_key(MEANING_KEY)
-            || ["ids", "features"].iter().all(|name| file.contains(name)) =>
-        {
-            Some(OtherFile::Conditions)
-        }
-        _ => None,
     }
 }
 

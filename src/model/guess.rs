@@ -1,17 +1,69 @@
 //! The config of a network of which only the tensors are known. Their shapes tell a part of it; the rest is EDM2's
 //! defaults (width of the attention heads, balances, clip, sigma_data).
 
+use std::path::Path;
+
 use serde_json::{Map, Value, json};
 
-use super::config::default_channels_per_head;
+use super::config::{Config, ConfigError, default_channels_per_head};
+use super::error::{ModelError, OtherFile};
+use crate::formats::json as written;
 use crate::formats::safetensors::{SafeError, SafeFile};
 
 /// The official name of a tensor that every network has.
 const KNOWN: &str = "unet.emb_fourier.freqs";
 
+/// A network of which only the tensors are known.
+pub struct Guessed {
+    /// Its tensors, under their official names.
+    pub file: SafeFile,
+    pub config: Config,
+    /// What the file leaves open, and was decided.
+    pub doubts: Vec<String>,
+}
+
+/// The network of a file without a config, with options that are `given` over what is read and assumed.
+///
+/// # Errors
+/// There is none, it is something else, or [`ModelError::Given`].
+pub fn guessed(path: &Path, file: SafeFile, given: &Map<String, Value>) -> Result<Guessed, ModelError> {
+    let missing = || match OtherFile::of(&file) {
+        Some(what) => ModelError::Other { path: path.into(), what },
+        None => {
+            let what = "it is missing, so this is not a model file".into();
+            ModelError::Metadata { path: path.into(), key: "config", what }
+        }
+    };
+    let bare = !file.metadata().contains_key("edm2k");
+    let (prefix, others) = prefix(&file).filter(|_| bare).ok_or_else(missing)?;
+    let mut doubts = Vec::new();
+    if !others.is_empty() {
+        doubts.push(format!("its network is that of '{prefix}', not '{}'", others.join("', '")));
+    }
+    let file = file.renamed(|name| name.strip_prefix(&prefix).map(str::to_owned));
+    let wrong = |what| ModelError::Given { path: path.into(), what };
+    let read = options(&file, given)?.to_string();
+    let config: Config = written::object(&read).map_err(|e| wrong(e.to_string()))?;
+    let assumed = !given.contains_key(HEADS);
+    let of_heads = |cause: &ConfigError| matches!(cause, ConfigError::Field { field, .. } if *field == HEADS);
+    config.validate().map_err(|cause| match cause {
+        cause if assumed && of_heads(&cause) => ModelError::Heads { path: path.into(), cause },
+        cause if given.is_empty() => ModelError::Config { path: path.into(), cause },
+        cause => wrong(cause.to_string()),
+    })?;
+    if assumed {
+        doubts.push(format!(
+            "it does not say how wide attention heads are, {} is assumed, as in EDM2; `edm2k import` with a config sets \
+             another width",
+            config.channels_per_head
+        ));
+    }
+    Ok(Guessed { file, config, doubts })
+}
+
 /// What stands before the official names of the network that is taken, and before those of the file's other networks;
 /// `None` if there is no EDM2 network. An average of weights is taken rather than the weights.
-pub fn prefix(file: &SafeFile) -> Option<(String, Vec<String>)> {
+fn prefix(file: &SafeFile) -> Option<(String, Vec<String>)> {
     let mut all: Vec<String> = file.names().filter_map(|name| Some(name.strip_suffix(KNOWN)?.to_owned())).collect();
     all.sort_by_key(|prefix| !prefix.split(['.', '_']).any(|word| word == "ema"));
     let others = all.split_off(all.len().min(1));
@@ -19,13 +71,11 @@ pub fn prefix(file: &SafeFile) -> Option<(String, Vec<String>)> {
 }
 
 /// The option that says how wide attention heads are, which no tensor's shape tells.
-pub const HEADS: &str = "channels_per_head";
+const HEADS: &str = "channels_per_head";
 
-/// The config, in JSON, of a network in official names, with options that are `given` over what is read and assumed.
-///
-/// # Errors
-/// A tensor is missing, or has too few sides; the caller checks all of them, and the options.
-pub fn config(file: &SafeFile, given: &Map<String, Value>) -> Result<Value, SafeError> {
+/// The config, in JSON, of a network in official names. An error if a tensor is missing, or has too few sides; the caller
+/// checks all of them, and the options.
+fn options(file: &SafeFile, given: &Map<String, Value>) -> Result<Value, SafeError> {
     let side = |name: &str, at: usize| -> Result<usize, SafeError> {
         let shape = file.shape(name)?;
         shape.get(at).copied().ok_or_else(|| file.unexpected(name, format!("shape {shape:?}"), "more sides"))

@@ -11,6 +11,7 @@
 //! ```
 
 pub mod config;
+pub mod error;
 pub mod file;
 mod guess;
 pub mod precond;
@@ -18,7 +19,8 @@ pub mod snapshot;
 pub mod unet;
 
 pub use config::{Config, ConfigError};
-pub use file::{ImageSpace, Model, ModelError, ModelFile, ModelMeta, ModelWriter, Stored};
+pub use error::ModelError;
+pub use file::{ImageSpace, Model, ModelFile, ModelMeta, ModelWriter, Stored};
 pub use precond::Precond;
 pub use snapshot::{OfficialSnapshot, SnapshotError};
 

@@ -479,7 +479,7 @@ impl UNet {
         b.emb_scales_backward(&self.emb_layers, emb, &grad_scales)
     }
 
-    /// Multiply-adds of one forward pass of an image of `height` x `width` (what EDM2 calls "Gflops").
+    /// Multiply-adds of one forward pass of an image of `height` x `width` (EDM2's "Gflops" also count elementwise operations, 1 % more).
     pub fn macs(&self, table: &ParamTable, height: usize, width: usize) -> u64 {
         // With some sides and widths 64 bits do not hold the result.
         let macs = |id: ParamId, pixels: u128| table[id].numel() as u128 * pixels;

@@ -2,8 +2,8 @@
 //!
 //! The kernel is Keys' with a = -0.5. It is widened by the factor of reduction, so that every pixel of the source
 //! counts. Weights are in fixed point with 22 bits. Rows come first, then columns, each rounded to 8 bits (newer
-//! versions of Pillow begin with columns where a picture is twice as high as wide). Cost: about 4 multiply-adds for
-//! each value, times the factor where it is a reduction, for each direction.
+//! versions of Pillow begin with columns where that is less work, such as from 512 x 1100 to 299 x 299, with other bytes). Cost:
+//! about 4 multiply-adds for each value, times the factor where it is a reduction, for each direction.
 
 use rayon::prelude::*;
 

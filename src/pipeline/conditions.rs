@@ -454,7 +454,9 @@ impl Pipeline {
         for (row, values) in values.chunks_mut(width).enumerate() {
             // As `prepare` does, and as tags are laid out: the network has seen no other norm. Zero is no tag, and no feature.
             let norm = values.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-            if (norm - 1.0).abs() > 1e-3 && !unit_norm(values) && features {
+            let changes = features || (norm - 1.0).abs() > 1e-3;
+            let has_norm = !changes || unit_norm(values);
+            if features && !has_norm {
                 return wrong(row, "is zero, which is no feature");
             }
             let origin = [("file", name(path).into()), ("row", row.into())];

@@ -106,6 +106,8 @@ pub enum PipelineError {
     Backend(#[from] BackendError),
     #[error("latents have no picture")]
     NoPicture,
+    #[error("{}: it has changed since it was loaded", path.display())]
+    Changed { path: PathBuf },
     #[error("no PNG: {0}")]
     Png(io::Error),
     /// Whoever watched stopped the work.
@@ -175,7 +177,8 @@ impl Pipeline {
     /// guidance 1 it is not needed.
     ///
     /// # Errors
-    /// [`PipelineError::Model`]; or [`PipelineError::Mismatch`] if that network is for other images or conditions.
+    /// [`PipelineError::Model`]; or [`PipelineError::Mismatch`] if that network is for other images or conditions; or
+    /// [`PipelineError::Changed`] if the model is on the device already, and its file is another by now.
     pub fn with_guide(mut self, path: impl AsRef<Path>) -> Result<Self, PipelineError> {
         let path = path.as_ref();
         let mut guide = Model::load(path)?;
@@ -191,7 +194,14 @@ impl Pipeline {
         self.guide = Some(Guide { path: path.into(), conditional: guide.net.config.label_dim > 0 });
         let model = match self.networks {
             Networks::Loaded { model, .. } => model,
-            Networks::Placed(_) => Box::new(Model::load(&self.path)?),
+            // The device has the weights; the file has them too, unless it is another by now.
+            Networks::Placed(_) => {
+                let found = Identity::of_file(&self.path).at(&self.path)?;
+                if self.files.get("model") != Some(&found) {
+                    return Err(PipelineError::Changed { path: self.path });
+                }
+                Box::new(Model::load(&self.path)?)
+            }
         };
         self.networks = Networks::Loaded { model, guide: Some(Box::new(guide)) };
         Ok(self)

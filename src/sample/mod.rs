@@ -218,6 +218,8 @@ impl SamplerConfig {
                     f64::from(f64::from(root).powf(self.rho) as f32)
                 }
             })
+            // With a small rho, the last root may have lost all of its digits.
+            .map(|level| if level < 0.999 * self.sigma_min { self.sigma_min } else { level })
             .collect();
         sigmas.drain(..self.steps - self.taken());
         sigmas.push(0.0);

@@ -24,7 +24,7 @@ use super::request::{CheckedRequest, MAX_AREA, MAX_IMAGES, MAX_WORK, Offer, Refu
 use super::runs::{Run, Stats};
 use super::{Runs, Server};
 use crate::condition::vocabulary::Tag;
-use crate::formats::json;
+use crate::formats::json::Fields;
 
 /// Largest body of a request.
 const MAX_BODY: usize = 24 << 20;
@@ -94,7 +94,8 @@ impl<T: DeserializeOwned, S: Send + Sync, const MAX: usize> FromRequest<S> for I
         let body = tokio::time::timeout(Duration::from_secs(BODY_SECONDS), read(body, MAX));
         let body = body.await.map_err(|_| Refusal::Slow(BODY_SECONDS))??;
         let text = std::str::from_utf8(&body).map_err(|_| Refusal::Invalid("the body is no text in UTF-8".into()))?;
-        json::object(text).map(Self).map_err(|error| Refusal::Invalid(error.to_string()))
+        let read = Fields::parse(text).and_then(|fields| fields.without_nulls().read());
+        read.map(Self).map_err(|error| Refusal::Invalid(error.to_string()))
     }
 }
 

@@ -10,12 +10,11 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use serde_json::{Map, Value};
 
 use crate::condition::classes::{ANY, Classes};
 use crate::condition::tagger::Tagger;
 use crate::condition::vocabulary::Vocabulary;
-use crate::formats::json::{self, JsonError};
+use crate::formats::json::{Fields, JsonError};
 use crate::model::{Config, ModelMeta};
 use crate::pictures::decode;
 use crate::pipeline::{PipelineError, enough_seeds};
@@ -224,14 +223,13 @@ impl TryFrom<Box<RawValue>> for SamplerBody {
             return Err(format!("more than {MAX_SETTINGS} bytes"));
         }
         let said = |error: JsonError| error.to_string();
-        let mut fields: Map<String, Value> = json::object(json.get()).map_err(said)?;
-        match fields.get_mut("churn") {
-            Some(Value::Object(churn)) => churn.retain(|_, value| !value.is_null()),
-            Some(_) => return Err("churn: expected an object".into()),
-            None => {}
+        let mut fields = Fields::parse(json.get()).map_err(said)?.without_nulls();
+        if let Some(churn) = fields.get("churn") {
+            let churn = Fields::parse(churn).map_err(|error| format!("churn: {error}"))?.without_nulls();
+            fields.set("churn", churn);
         }
-        let says_guidance = fields.contains_key("guidance");
-        Ok(Self { config: json::object(&Value::Object(fields).to_string()).map_err(said)?, says_guidance })
+        let says_guidance = fields.get("guidance").is_some();
+        Ok(Self { config: fields.read().map_err(said)?, says_guidance })
     }
 }
 
@@ -409,7 +407,7 @@ pub(super) mod tests {
 
     #[test]
     fn bodies_are_read_by_their_fields() {
-        let read = |json: &str| json::object::<RequestBody>(json);
+        let read = |json: &str| Fields::parse(json)?.without_nulls().read::<RequestBody>();
         let body =
             read(r#"{"width": null, "seeds": "7", "sampler": {"steps": 3, "guidance": null, "churn": null}}"#).unwrap();
         assert_eq!((body.width, body.seeds.as_deref(), body.sampler.config.steps), (None, Some("7"), 3));
@@ -417,6 +415,7 @@ pub(super) mod tests {
         for (json, expected) in [
             (r#"{"seeds": "1", "seeds": null}"#, "duplicate field `seeds`"),
             (r#"{"sampler": {"steps": 3, "steps": 4}}"#, "sampler: duplicate field `steps`"),
+            (r#"{"sampler": {"churn": {"s_min": 1, "s_min": 2}}}"#, "sampler: churn: duplicate field `s_min`"),
             (r#"{"sampler": {"stpes": 4}}"#, "sampler: unknown field `stpes`"),
         ] {
             let said = read(json).unwrap_err().to_string();

@@ -1210,7 +1210,10 @@ fn unusable_settings_and_metadata_are_named() {
         ("{\"id\": \"one\", \"file\": \"a\", \"tags\": []}", "line 2: id: invalid type: string"),
         ("{\"id\": 1, \"tags\": []}", "line 2: missing field `file`"),
         ("{\"id\": 1, \"file\": \"a\", \"tags\": [\"a,b\"]}", "line 2: a tag: \"a,b\" contains a comma"),
-        ("{\"id\": 1, \"file\": \"a\", \"tags\": [\"\u{feff}red\"]}", "line 2: a tag: "),
+        (
+            "{\"id\": 1, \"file\": \"a\", \"tags\": [\"\u{feff}red\"]}",
+            "line 2: a tag: \"\\u{feff}red\" has an invisible character",
+        ),
         ("{\"id\": -20, \"file\": \"a\", \"tags\": []}", "line 2: id -20 occurs twice"),
     ] {
         let metadata = shop.dir.path().join("bad.jsonl");
@@ -2299,7 +2302,7 @@ fn the_command_prepares_and_prints_a_summary() {
     let text = String::from_utf8(done.get_output().stdout.clone()).unwrap();
     assert!(text.contains("train            32 images\n"), "{text}");
     assert!(text.contains("dropped           1 unreadable"), "{text}");
-    assert!(text.contains("vocabulary        4 tags, the rarest on"), "{text}");
+    assert!(text.contains("vocabulary        4 tags, the rarest in"), "{text}");
     let text = String::from_utf8(done.get_output().stderr.clone()).unwrap();
     assert!(text.contains("unreadable: broken.png: "), "{text}");
     assert!(text.contains("train-00002.safetensors: 0 images"), "{text}");

@@ -717,6 +717,21 @@ fn a_pipeline_makes_the_files_of_the_command_whatever_it_has_made_before() {
 }
 
 #[test]
+fn the_last_noise_level_is_sigma_min_whatever_rho_is() {
+    for solver in [Solver::Dpmpp2m, Solver::Heun, Solver::Euler] {
+        for rho in [0.1, 0.3, 0.5, 1.0, 7.0, 100.0] {
+            let config = SamplerConfig { solver, rho, steps: 6, ..SamplerConfig::default() };
+            let sigmas = config.sigmas();
+            assert!(
+                (sigmas[5] / config.sigma_min - 1.0).abs() < 1e-3 && sigmas[6] == 0.0,
+                "{solver:?} {rho}: {sigmas:?}"
+            );
+            assert!(sigmas.is_sorted_by(|a, b| a > b), "{solver:?} {rho}: {sigmas:?}");
+        }
+    }
+}
+
+#[test]
 fn another_network_guides_from_when_it_is_given_on() {
     let bench = Bench::new();
     let load = || Pipeline::load(&Device::open("cpu").unwrap(), bench.path("m.safetensors")).unwrap();

@@ -407,7 +407,10 @@ fn what_cannot_be_drawn_is_refused_with_what_is_wrong() {
         (json!({"sampler": {"steps": 0}}), "steps = 0, expected 1 to 10000"),
         (json!({"sampler": {"solver": "ddim"}}), "unknown variant `ddim`"),
         (json!({"sampler": {"rho": "7"}}), r#"sampler: rho: invalid type: string "7", expected a number"#),
-        (json!({"sampler": {"solver": "heun", "churn": []}}), "sampler: churn: expected an object"),
+        (
+            json!({"sampler": {"solver": "heun", "churn": []}}),
+            "sampler: churn: invalid type: a list, expected an object",
+        ),
         (json!({"sampler": {"rho": vec![7; 5000]}}), "sampler: more than 4096 bytes"),
         (json!({"width": null, "sampler": {"churn": {"s_churn": null}}, "wide": 1}), "unknown field `wide`"),
         (json!({"tags": ["cat", 7]}), "tags[1]: invalid type: integer `7`, expected a string"),

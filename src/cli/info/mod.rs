@@ -139,7 +139,10 @@ impl<'a> NetworkReport<'a> {
         out!("parameters     {} ({:.1} M)", self.parameters, self.parameters as f64 / 1e6);
         out!("image          {} x {} (width x height), {} channels", self.width, self.height, self.config.img_channels);
         let over = if self.multiply_adds == u64::MAX { "more than " } else { "" };
-        out!("forward pass   {over}{} G multiply-adds an image (EDM2's \"Gflops\" count these)", digits(giga));
+        out!(
+            "forward pass   {over}{} G multiply-adds an image (EDM2's \"Gflops\": these, and 1 % elementwise)",
+            digits(giga)
+        );
         out!("               {over}{} GFLOP, counting multiplication and addition each", digits(2.0 * giga));
         let mega = |bytes: usize| bytes as f64 / 1e6;
         match &self.on_a_gpu {

@@ -132,7 +132,7 @@ pub struct SampleArgs {
     #[arg(long, value_name = "DATASET:ID", help_heading = "Conditions")]
     row: Vec<String>,
     /// Conditions [N, D] as .npy, or as .safetensors with one tensor or one named "conditions" or
-    /// "features"; features are divided by their norm
+    /// "features"; each is divided by its norm
     #[arg(long, value_name = "FILE", help_heading = "Conditions")]
     conditions: Option<PathBuf>,
     /// Conditions that the condition model invents

@@ -175,7 +175,9 @@ pub fn run(args: TrainArgs) -> anyhow::Result<Ended> {
 
 fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Result<Outcome> {
     if let Some(dir) = args.outdir.as_ref().filter(|dir| dir.join(VOCABULARY_FILE).exists()) {
-        bail!("--outdir {}: a dataset is there, and a run needs a directory of its own", dir.display());
+        // A run that is there already may go on.
+        let begins = checkpoint::list(dir).with_context(|| dir.display().to_string())?.is_empty();
+        ensure!(!begins, "--outdir {}: a dataset is there, and a run needs a directory of its own", dir.display());
     }
     let data = Dataset::open(&args.data, Split::Train).context("cannot open the dataset")?;
     let validation = match Dataset::open(&args.data, Split::Validation) {

@@ -366,9 +366,7 @@ pub(super) fn check_some_settings(
         }
         _ => {
             let of = |key: &&String| format!("{key} {}, now {}", show(&before, key), show(now, key));
-            // Other settings have other records follow.
-            let settings: Vec<_> = others.iter().filter(|key| **key != "records").map(of).collect();
-            Err(PrepareError::OtherSettings { path, differs: settings.join("; ") })
+            Err(PrepareError::OtherSettings { path, differs: others.iter().map(of).collect::<Vec<_>>().join("; ") })
         }
     }
 }

@@ -13,7 +13,7 @@ use serde::de::IgnoredAny;
 use super::records::{Listing, Location, Record, Records, read_lines};
 use super::report::{Event, PrepareError, Report};
 use super::settings::Settings;
-use crate::condition::vocabulary::check_tag;
+use crate::condition::vocabulary::check_new_tag;
 use crate::formats::{At, json};
 
 /// A folder of pictures, and the file with a line of JSON for each.
@@ -58,7 +58,7 @@ impl Records for Folder {
                 format!("{error}; expected {{\"id\", \"file\", \"tags\", \"flip\" and \"repeats\" (optional)}}")
             })?;
             for tag in &tags {
-                check_tag(tag).map_err(|what| format!("a tag: {what}"))?;
+                check_new_tag(tag).map_err(|what| format!("a tag: {what}"))?;
             }
             unread.extend(others.into_keys());
             if !ids.insert(id) {

@@ -95,7 +95,7 @@ pub fn add(
         let text = format!("tags are renamed in {VOCABULARY_FILE}: new pictures have those that are called as there");
         report(Event::Warning { text: &text });
     }
-    warn_of_unknown_tags(&listing, &there.vocabulary, report);
+    warn_of_unknown_tags(&listing, &there.vocabulary, settings.vocabulary, report);
     pending.begin(|name| agenda.jobs.iter().any(|job| job.name == name))?;
     let path = |name: &str| pending.path(name);
     let existing =
@@ -116,15 +116,20 @@ pub fn add(
     }
 }
 
-/// Says which tags of new pictures are lost, since the vocabulary stays.
-fn warn_of_unknown_tags(listing: &Listing, vocabulary: &Vocabulary, report: Report) {
-    let used: HashSet<u32> = listing.records.iter().flat_map(|record| record.tags.iter().copied()).collect();
-    let mut unknown: Vec<_> =
-        used.into_iter().map(|tag| listing.tags.name(tag)).filter(|name| vocabulary.get(name).is_none()).collect();
-    unknown.sort_unstable();
-    if let Some(first) = unknown.first() {
+/// Says which tags of new pictures are lost, since the vocabulary stays, though a vocabulary of `most` tags that was counted
+/// now would have them.
+fn warn_of_unknown_tags(listing: &Listing, vocabulary: &Vocabulary, most: usize, report: Report) {
+    let mut counts: HashMap<u32, u64> = HashMap::new();
+    listing.records.iter().flat_map(|record| &*record.tags).for_each(|tag| *counts.entry(*tag).or_default() += 1);
+    let least = vocabulary.tags().last().filter(|_| vocabulary.tags().len() >= most).map_or(1, |rarest| rarest.count);
+    let named = counts.into_iter().map(|(tag, count)| (listing.tags.name(tag), count));
+    let mut unknown: Vec<_> = named.filter(|(name, count)| *count >= least && vocabulary.get(name).is_none()).collect();
+    unknown.sort_unstable_by_key(|(name, count)| (std::cmp::Reverse(*count), *name));
+    if let Some((first, of)) = unknown.first() {
         let count = unknown.len();
-        let text = format!("{VOCABULARY_FILE} stays, and lacks {count} of the new pictures' tags, such as {first:?}");
+        let text = format!(
+            "{VOCABULARY_FILE} stays, and lacks {count} of the new pictures' tags, such as {first:?}, which is on {of} of them"
+        );
         report(Event::Warning { text: &text });
     }
 }
