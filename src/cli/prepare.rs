@@ -55,9 +55,9 @@ Several processes can make one dataset, on one machine or on several that see th
 The same command again keeps the shards that are whole and makes the missing ones. With --add the
 pictures of METADATA whose ids the dataset does not have yet become new shards of it; with --retag
 all images get the tags, flip and repeats of METADATA, and the conditions of --features, and
-nothing is encoded again. Both come into force at once at their end; until then, and after a kill, the dataset is the
-old one. A training run keeps to the images that it began with: begin another one on a dataset
-that changed.",
+nothing is encoded again. Both come into force at once at their end; until then, and after a kill,
+the dataset is the old one. A training run keeps to the images that it began with: begin another
+one on a dataset that changed.",
     group(clap::ArgGroup::new("input").required(true)),
     group(clap::ArgGroup::new("shape").required(true).multiple(true))
 )]
