@@ -118,8 +118,7 @@ fn between(m1: &DVector<f64>, s1: DMatrix<f64>, m2: &DVector<f64>, s2: DMatrix<f
     let trace: f64 = product.symmetric_eigenvalues().iter().map(|&x| root(x, lift)).sum();
     let distance = (m1 - m2).norm_squared() + traces - 2.0 * trace;
     // Of thousands of eigenvalues that are 0, each root is off by 1e-8 of the largest at most.
-    let known = distance.is_finite() && distance > -1e-3 * traces;
-    (known || distance == 0.0).then(|| distance.max(0.0))
+    (distance.is_finite() && distance >= -1e-3 * traces).then(|| distance.max(0.0))
 }
 
 #[cfg(test)]

@@ -45,8 +45,8 @@ pub struct ConditionArgs {
 
 #[derive(clap::Subcommand)]
 enum Command {
-    /// List the tags of a dataset that are like a text, or all, with how many records for training have them, pictures that were dropped
-    /// included
+    /// List the tags of a dataset that are like a text, or all, with how many records for training have them, pictures
+    /// that were dropped included
     Tags(TagsArgs),
     /// Learn to invent conditions from a dataset's training split
     Train(TrainArgs),

@@ -48,6 +48,9 @@ pub enum Conditioning {
 }
 
 impl Conditioning {
+    /// Features of nobody knows which network.
+    pub const UNKNOWN_FEATURES: Self = Self::Features { source: String::new(), node: String::new(), fingerprint: None };
+
     /// Whether the two are known to be different. Where a file's content is known, its name does not matter.
     pub fn differs(&self, other: &Self) -> bool {
         let named = |a: &str, b: &str| !a.is_empty() && !b.is_empty() && a != b;

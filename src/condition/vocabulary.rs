@@ -110,12 +110,13 @@ pub fn check_tag(tag: &str) -> Result<(), NoTag> {
         "" => Err(NoTag::Empty),
         _ if tag.trim() != tag => Err(NoTag::Space(tag.into())),
         _ if tag.contains(',') => Err(NoTag::Comma(tag.into())),
+        _ if tag.contains(char::is_control) => Err(NoTag::Control(tag.into())),
         _ => Ok(()),
     }
 }
 
-/// As [`check_tag`], of a tag that somebody has just written: neither a byte order mark, which some editors put before text, nor
-/// what else nobody sees may make two tags of one.
+/// As [`check_tag`], of a tag that somebody has just written: neither a byte order mark, which some editors put before
+/// text, nor what else nobody sees may make two tags of one.
 ///
 /// # Errors
 /// [`NoTag`]: why not.

@@ -83,12 +83,11 @@ impl Features {
         let shape_error = |path: &Path, what, found: &[usize], expected: String| {
             Err(FeatureError::Shape { path: path.into(), what, found: found.into(), expected })
         };
-        let anonymous = Conditioning::Features { source: String::new(), node: String::new(), fingerprint: None };
         let (shape, ids_shape, ids, values, conditioning) = if ends_in(path, "npy") {
             let ids_path = ids_path.ok_or_else(|| FeatureError::NoIds { path: path.into() })?;
             let (shape, values) = npy::read(path)?;
             let (ids_shape, ids) = npy::read_i64(ids_path)?;
-            (shape, ids_shape, ids, FeatureValues::Read(values), anonymous)
+            (shape, ids_shape, ids, FeatureValues::Read(values), Conditioning::UNKNOWN_FEATURES)
         } else {
             if let Some(ids) = ids_path {
                 return Err(FeatureError::TwoIds { path: path.into(), ids: ids.into() });
@@ -99,7 +98,7 @@ impl Features {
                 return Err(file.unexpected("features", dtype, "F16 or F32").into());
             }
             let conditioning = match file.metadata().get(CONDITIONING_KEY) {
-                None => anonymous,
+                None => Conditioning::UNKNOWN_FEATURES,
                 Some(text) => serde_json::from_str(text)
                     .map_err(|e| FeatureError::Conditioning { path: path.into(), what: e.to_string() })?,
             };

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::config::{Config, ConfigError, default_channels_per_head};
 use super::error::{ModelError, OtherFile};
-use crate::formats::json as written;
+use crate::formats::json;
 use crate::formats::safetensors::{SafeError, SafeFile};
 
 /// The official name of a tensor that every network has.
@@ -43,7 +43,7 @@ pub fn guessed(path: &Path, file: SafeFile, given: &Map<String, Value>) -> Resul
     let file = file.renamed(|name| name.strip_prefix(&prefix).map(str::to_owned));
     let wrong = |what| ModelError::Given { path: path.into(), what };
     let read = options(&file, given)?.to_string();
-    let config: Config = written::object(&read).map_err(|e| wrong(e.to_string()))?;
+    let config: Config = json::object(&read).map_err(|e| wrong(e.to_string()))?;
     let assumed = !given.contains_key(HEADS);
     let of_heads = |cause: &ConfigError| matches!(cause, ConfigError::Field { field, .. } if *field == HEADS);
     config.validate().map_err(|cause| match cause {

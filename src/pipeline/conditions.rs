@@ -513,8 +513,7 @@ fn read(path: &Path) -> Result<(Vec<usize>, Vec<f32>, Meaning)> {
         _ => "conditions",
     };
     if name == "features" && meaning.conditioning.is_none() {
-        meaning.conditioning =
-            Some(Conditioning::Features { source: String::new(), node: String::new(), fingerprint: None });
+        meaning.conditioning = Some(Conditioning::UNKNOWN_FEATURES);
     }
     Ok((file.shape(name)?.to_vec(), file.f32(name)?, meaning))
 }

@@ -1214,6 +1214,10 @@ fn unusable_settings_and_metadata_are_named() {
             "{\"id\": 1, \"file\": \"a\", \"tags\": [\"\u{feff}red\"]}",
             "line 2: a tag: \"\\u{feff}red\" has an invisible character",
         ),
+        (
+            "{\"id\": 1, \"file\": \"a\", \"tags\": [\"r\\u0007ed\"]}",
+            "line 2: a tag: \"r\\u{7}ed\" has a control character",
+        ),
         ("{\"id\": -20, \"file\": \"a\", \"tags\": []}", "line 2: id -20 occurs twice"),
     ] {
         let metadata = shop.dir.path().join("bad.jsonl");

@@ -1,4 +1,4 @@
-//! What a run will need: of a GPU, by the plan that it would get, and of this machine.
+//! What a run will need of a GPU, by the plan that it would get, and what `--dry-run` prints.
 
 use std::rc::Rc;
 
@@ -71,9 +71,9 @@ pub struct GpuPlan {
     bytes_moved: usize,
 }
 
-/// A micro-batch's plan on a GPU: that which the device would get if it is one; else an H100
-/// if its loop of convolutions is asked for; else a GeForce RTX 4090. No GPU is needed for it. If images have several sizes,
-/// the plan is that of the size which needs the most memory.
+/// A micro-batch's plan on a GPU: that which the device would get if it is one; else an H100 if its loop of convolutions is
+/// asked for; else a GeForce RTX 4090. No GPU is needed for it. If images have several sizes, the plan is that of the size
+/// which needs the most memory.
 pub fn plan_on_gpu(
     settings: &Settings,
     batch_gpu: u64,

@@ -150,9 +150,7 @@ impl<T: Real> Vae<T> {
         let VaeHeader { kind, conditioning, vocabulary, .. } = &self.header;
         let unsaid = || match kind {
             ConditionKind::Tags => Conditioning::Tags,
-            ConditionKind::Features => {
-                Conditioning::Features { source: String::new(), node: String::new(), fingerprint: None }
-            }
+            ConditionKind::Features => Conditioning::UNKNOWN_FEATURES,
         };
         Meaning {
             conditioning: Some(conditioning.clone().unwrap_or_else(unsaid)),

@@ -211,8 +211,8 @@ fn has_feature_now(dropped: &DroppedRecord, conditions: &Conditions) -> bool {
     dropped.drop == DropReason::NoFeature && features.get(dropped.id).is_some_and(|values| feature(values).is_ok())
 }
 
-/// Gives all images the tags, flip and repeats that the records have by now, and new conditions: made of these tags, or the features of
-/// [`Settings::conditions`]. If the conditions are features and no new ones are given, they stay as they are. The
+/// Gives all images the tags, flip and repeats that the records have by now, and new conditions: made of these tags, or
+/// the features of [`Settings::conditions`]. If the conditions are features and no new ones are given, they stay as they are. The
 /// vocabulary is counted anew, on the dataset's records. Nothing is decoded or encoded; disk space for all shards again is
 /// needed meanwhile.
 ///
