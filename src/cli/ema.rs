@@ -6,8 +6,8 @@ use anyhow::{Context, ensure};
 
 use edm2k::model::ModelFile;
 use edm2k::train::check_widths;
-use edm2k::train::checkpoint::snapshots;
 use edm2k::train::ema::name_of;
+use edm2k::train::files::snapshots;
 use edm2k::train::posthoc::Reconstruction;
 
 use super::claim;

@@ -19,8 +19,10 @@ use serde_json::{Map, Value, json};
 
 use super::Server;
 use super::api::{Input, finished};
+use super::offers::Offer;
 use super::queue::{JobView, Stage};
-use super::request::{MAX_IMAGES, Offer, Refusal, RequestBody, SamplerBody};
+use super::refusal::Refusal;
+use super::request::{MAX_IMAGES, RequestBody, SamplerBody};
 use crate::pipeline::infotext;
 use crate::sample::{SamplerConfig, Solver};
 

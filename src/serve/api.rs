@@ -19,8 +19,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::offers::{Offer, Tags};
 use super::queue::{Job, JobView, Stage};
-use super::request::{CheckedRequest, MAX_AREA, MAX_IMAGES, MAX_WORK, Offer, Refusal, RequestBody, Tags};
+use super::refusal::Refusal;
+use super::request::{CheckedRequest, MAX_AREA, MAX_IMAGES, MAX_WORK, RequestBody};
 use super::runs::{Run, Stats};
 use super::{Runs, Server};
 use crate::condition::vocabulary::Tag;

@@ -21,7 +21,7 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::json;
 
-use super::request::Refusal;
+use super::refusal::Refusal;
 
 /// Length of the shortest token that nobody can guess over a network.
 pub const TOKEN: usize = 16;

@@ -41,9 +41,11 @@
 mod a1111;
 mod api;
 mod guard;
+mod offers;
 mod paint;
 mod preview;
 mod queue;
+mod refusal;
 mod request;
 mod runs;
 
@@ -69,20 +71,19 @@ use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::Device;
-use crate::codec::{CodecError, CodecFile};
-use crate::condition::Conditioning;
-use crate::condition::classes::{Classes, ClassesError};
-use crate::condition::vae::{Vae, VaeError};
-use crate::condition::vocabulary::{Vocabulary, VocabularyError};
+use crate::codec::CodecError;
+use crate::condition::classes::ClassesError;
+use crate::condition::vae::VaeError;
 use crate::formats::fingerprint::name;
 use crate::formats::{DirLock, LockError};
-use crate::model::{ImageSpace, ModelError, ModelFile};
-use crate::pipeline::{Domain, PipelineError};
+use crate::model::ModelError;
+use crate::pipeline::PipelineError;
 use crate::system;
 
 use guard::{Guard, Unsafe};
+use offers::{Offer, Shelf};
 use queue::{Capacity, Queue};
-use request::{Guide, Misfits, Offer, Refusal, Tags};
+use refusal::Refusal;
 use runs::Runs;
 
 /// Connections at a time. More of them wait in the system's own queue, until that is full.
@@ -235,113 +236,6 @@ impl Server {
 /// What clients are told of an error with files, each with its name. Where files lie is nobody's business.
 fn without_paths<'a>(error: &dyn std::fmt::Display, files: impl IntoIterator<Item = (&'a Path, &'a str)>) -> String {
     files.into_iter().fold(error.to_string(), |text, (path, name)| text.replace(&*path.to_string_lossy(), name))
-}
-
-/// What there is to be used with a model.
-struct Shelf {
-    /// Pixels for each value of latents.
-    factor: Option<usize>,
-    /// The network that guides, and what it works on.
-    guide: Option<(Guide, Domain)>,
-    class_names: Classes,
-    condition_model: Option<(Domain, Vocabulary)>,
-    tagger: bool,
-}
-
-impl Shelf {
-    fn new(files: &Files) -> Result<Self, ServeError> {
-        let vae = files.condition_model.as_ref().map(Vae::load).transpose()?;
-        let guide = |path: &PathBuf| {
-            let file = ModelFile::open(path)?;
-            let (config, name) = (&file.net.config, name(path));
-            Ok::<_, ModelError>((
-                Guide { name, conditional: config.label_dim > 0 },
-                Domain::of_model(config, &file.meta),
-            ))
-        };
-        Ok(Self {
-            guide: files.guide.as_ref().map(guide).transpose()?,
-            class_names: files.class_names.as_deref().map(Classes::load).transpose()?.unwrap_or_default(),
-            factor: files.vae.as_ref().map(|path| Ok::<_, CodecError>(CodecFile::open(path)?.factor())).transpose()?,
-            condition_model: vae.map(|vae| (Domain::of_condition_model(&vae), vae.vocabulary().clone())),
-            tagger: files.tagger.is_some(),
-        })
-    }
-
-    /// What a model file offers.
-    fn offer(&self, name: String, path: &Path) -> Result<Offer, ServeError> {
-        let file = ModelFile::open(path)?;
-        let (config, meta) = (file.net.config.clone(), file.meta.clone());
-        let (model, channels) = (path.to_owned(), config.img_channels);
-        let factor = match (meta.encoder, self.factor) {
-            (ImageSpace::Rgb, _) if channels == 3 => 1,
-            (ImageSpace::SdVae, None) => return Err(ServeError::NoCodec { model }),
-            (ImageSpace::SdVae, Some(factor)) if channels == crate::codec::LATENTS => factor,
-            _ => return Err(ServeError::NoPicture { model, channels }),
-        };
-        let domain = Domain::of_model(&config, &meta);
-        let inventor = self.condition_model.as_ref().filter(|_| config.label_dim > 0);
-        let misfits = Misfits {
-            guide: self
-                .guide
-                .as_ref()
-                .and_then(|(guide, theirs)| Some(theirs.check_guide(&guide.name, &domain, &name).err()?.to_string())),
-            condition_model: inventor.and_then(|(theirs, _)| {
-                Some(theirs.check_given("the condition model", &domain, &name).err()?.to_string())
-            }),
-        };
-        let guide = self.guide.as_ref().filter(|_| misfits.guide.is_none()).map(|(guide, _)| guide.clone());
-        let invented = inventor.filter(|_| misfits.condition_model.is_none()).map(|(_, vocabulary)| vocabulary);
-        let classes = config.label_dim > 0 && meta.is_of_classes() && invented.is_none();
-        let classes = classes.then(|| self.class_names.clone());
-        let features = matches!(meta.conditioning, Conditioning::Features { .. });
-        let (tags, vocabulary) = match invented {
-            _ if config.label_dim == 0 => (Tags::No, None),
-            // The tags are the same, and here it is known how often each occurs.
-            Some(known) if !features && known.tags().iter().map(|tag| &tag.tag).eq(&meta.vocabulary) => {
-                (Tags::Plain, Some(known.clone()))
-            }
-            Some(known) if features => (Tags::Invented, Some(known.clone())),
-            _ if features || meta.vocabulary.is_empty() => (Tags::No, None),
-            _ => (Tags::Plain, None),
-        };
-        let named =
-            |cause: VocabularyError| ModelError::Metadata { path: path.into(), key: "edm2k", what: cause.to_string() };
-        let vocabulary = match (tags, vocabulary) {
-            (_, Some(vocabulary)) => vocabulary,
-            (Tags::No, None) => Vocabulary::default(),
-            (_, None) => meta.tags().map_err(named)?,
-        };
-        let (like, invents) = (features && self.tagger, invented.is_some());
-        let path = path.into();
-        Ok(Offer { name, path, config, meta, vocabulary, tags, classes, like, invents, guide, factor, misfits })
-    }
-
-    /// The offers of the given models, named after their files. With `more` there may be others later, of runs.
-    fn offers(&self, files: &Files, more: bool) -> Result<Vec<Arc<Offer>>, ServeError> {
-        let mut offers: Vec<Arc<Offer>> = Vec::new();
-        for path in &files.models {
-            let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            let name = |number: u32| if number == 1 { stem.clone() } else { format!("{stem}-{number}") };
-            let free = |name: &String| offers.iter().all(|offer| offer.name != *name);
-            let name = (1..).map(name).find(free).unwrap_or_default();
-            offers.push(Arc::new(self.offer(name, path)?));
-        }
-        let used = |path: &Option<PathBuf>, by: &dyn Fn(&Offer) -> bool| match path {
-            Some(path) if !more && !offers.iter().any(|offer| by(offer)) => Err(path.clone()),
-            _ => Ok(()),
-        };
-        let unused = |why: Option<String>| move |path| ServeError::Unused { path, why };
-        let first = |why: fn(&Misfits) -> &Option<String>| offers.iter().find_map(|offer| why(&offer.misfits).clone());
-        used(&files.condition_model, &|offer| offer.invents).map_err(unused(first(|all| &all.condition_model)))?;
-        used(&files.guide, &|offer| offer.guide.is_some()).map_err(unused(first(|all| &all.guide)))?;
-        used(&files.class_names, &|offer| offer.classes.is_some()).map_err(unused(None))?;
-        let latents = |offer: &Offer| offer.meta.encoder == ImageSpace::SdVae;
-        used(&files.vae, &latents).map_err(unused(None))?;
-        used(&files.preview, &latents).map_err(unused(None))?;
-        used(&files.tagger, &|offer| offer.like).map_err(unused(None))?;
-        Ok(offers)
-    }
 }
 
 /// Serves until `stop` is set. `say` is called with the address, and with warnings.

@@ -7,9 +7,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::offers::Offer;
 use super::preview::{ColourMap, data_url};
 use super::queue::{FinishedPicture, Job, JobBatch, Preview};
-use super::request::{CheckedRequest, Offer};
+use super::request::CheckedRequest;
 use super::{Files, ServeError, Server};
 use crate::Device;
 use crate::condition::classes::ANY;

@@ -16,7 +16,8 @@ use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::request::{CheckedRequest, Refusal};
+use super::refusal::Refusal;
+use super::request::CheckedRequest;
 
 /// What a server takes on.
 #[derive(Clone, Debug)]

@@ -1,21 +1,19 @@
 //! Requests, which are checked before they wait. Once it is taken, a request can fail only because of the device or the
 //! disk.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::body::Bytes;
-use axum::http::StatusCode;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::condition::classes::{ANY, Classes};
+use super::offers::{Offer, Tags};
+use super::refusal::{Refusal, ensure};
+use crate::condition::classes::ANY;
 use crate::condition::tagger::Tagger;
-use crate::condition::vocabulary::Vocabulary;
 use crate::formats::json::{Fields, JsonError};
-use crate::model::{Config, ModelMeta};
 use crate::pictures::decode;
 use crate::pipeline::{PipelineError, enough_seeds};
 use crate::sample::{SamplerConfig, parse_seeds};
@@ -29,149 +27,8 @@ pub const MAX_AREA: usize = 4;
 pub const MAX_WORK: usize = 4096;
 /// Longest settings of a sampler.
 const MAX_SETTINGS: usize = 1 << 12;
-/// Longest text of tags.
-const MAX_TEXT: usize = 1 << 14;
 /// Most pixels of an uploaded picture, as it may be decoded beside others.
 const MAX_PIXELS: u64 = 1 << 24;
-
-/// Why a request was refused; the answer is its status, and its message as JSON.
-#[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // the messages say it
-pub enum Refusal {
-    #[error("{0}")]
-    Invalid(String),
-    #[error("there is no {0}")]
-    NotFound(String),
-    #[error("{0}")]
-    Forbidden(String),
-    #[error("a token is needed: --token of this server, as \"Authorization: Bearer TOKEN\"")]
-    Token,
-    #[error("expected Content-Type: application/json")]
-    Media,
-    #[error("more than {0} bytes")]
-    Large(usize),
-    #[error("the request did not arrive in {0} seconds")]
-    Slow(u64),
-    #[error("{0} jobs are waiting already; try again later")]
-    Full(usize),
-    #[error("the server is stopping")]
-    Stopping,
-    #[error("{0}")]
-    Failed(String),
-    #[error("{0}")]
-    Cancelled(String),
-}
-
-impl Refusal {
-    /// The status of the HTTP answer.
-    pub fn status(&self) -> StatusCode {
-        match self {
-            Self::Invalid(_) => StatusCode::UNPROCESSABLE_ENTITY,
-            Self::NotFound(_) => StatusCode::NOT_FOUND,
-            Self::Forbidden(_) => StatusCode::FORBIDDEN,
-            Self::Token => StatusCode::UNAUTHORIZED,
-            Self::Media => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::Large(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::Slow(_) => StatusCode::REQUEST_TIMEOUT,
-            Self::Full(_) => StatusCode::TOO_MANY_REQUESTS,
-            Self::Stopping | Self::Cancelled(_) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
-        }
-    }
-}
-
-/// How a model takes tags.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Tags {
-    /// It takes no tags.
-    No,
-    /// It takes tags as they are.
-    Plain,
-    /// The condition model makes a condition of them.
-    Invented,
-}
-
-/// What guides a model, other than itself.
-#[derive(Clone, Debug)]
-pub struct Guide {
-    /// What pictures call it.
-    pub name: String,
-    /// Whether it takes conditions.
-    pub conditional: bool,
-}
-
-/// Why something that the server was given does not go with a model.
-#[derive(Debug, Default)]
-pub struct Misfits {
-    /// The network that guides.
-    pub guide: Option<String>,
-    /// The condition model.
-    pub condition_model: Option<String>,
-}
-
-/// What a model is, as far as requests are concerned.
-#[derive(Debug)]
-pub struct Offer {
-    /// What requests call it.
-    pub name: String,
-    /// Where it is.
-    pub path: PathBuf,
-    /// Its network.
-    pub config: Config,
-    /// What its file says.
-    pub meta: ModelMeta,
-    /// The tags that it takes, with their counts where they are known.
-    pub vocabulary: Vocabulary,
-    /// How it takes them.
-    pub tags: Tags,
-    /// The names of its classes, if it is class-conditional; there may be fewer than classes.
-    pub classes: Option<Classes>,
-    /// Whether it takes pictures.
-    pub like: bool,
-    /// Whether the condition model goes with it.
-    pub invents: bool,
-    /// The network that guides it (autoguidance).
-    pub guide: Option<Guide>,
-    /// Pixels for each value of its images, in each direction.
-    pub factor: usize,
-    /// Why it goes without the rest.
-    pub misfits: Misfits,
-}
-
-impl Offer {
-    /// Whether images whose request says no guidance are guided, if they have no negative tags either.
-    pub fn guided(&self) -> bool {
-        self.guide.is_some() || !self.meta.is_always_conditional(&self.config)
-    }
-
-    /// [height, width] of the images that it learned from.
-    pub fn size(&self) -> [usize; 2] {
-        [self.meta.height, self.meta.width]
-    }
-
-    /// What a text is read as: tags with their weights, or the class of a class-conditional model.
-    ///
-    /// # Errors
-    /// [`Refusal::Invalid`]: it is too long, or has an unknown tag, or is no class.
-    pub fn read(&self, text: &str) -> Result<Vec<(String, f32)>, Refusal> {
-        ensure(text.len() <= MAX_TEXT, || format!("{} bytes of tags, expected {MAX_TEXT} at most", text.len()))?;
-        if let Some(names) = &self.classes {
-            return Ok(vec![(names.label(self.class(names, text)?), 1.0)]);
-        }
-        let prompt = self.vocabulary.parse(text).map_err(|error| Refusal::Invalid(error.to_string()))?;
-        let tag = |&(tag, weight): &(u32, f32)| Some((self.vocabulary.tag(tag)?.to_owned(), weight));
-        Ok(prompt.tags().iter().filter_map(tag).collect())
-    }
-
-    /// The class of a number or a name.
-    fn class(&self, names: &Classes, text: &str) -> Result<usize, Refusal> {
-        let classes = self.config.label_dim;
-        let class = names.find(text).map_err(|error| Refusal::Invalid(error.to_string()))?;
-        ensure(class < classes, || format!("class {class} of {}, expected 0 to {}", self.name, classes - 1))?;
-        Ok(class)
-    }
-}
 
 /// The body of a request for pictures. What is left out has the default of `edm2k sample`.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -260,10 +117,6 @@ pub struct CheckedRequest {
     pub size: [usize; 2],
     /// The sampler.
     pub sampler: SamplerConfig,
-}
-
-fn ensure(ok: bool, message: impl FnOnce() -> String) -> Result<(), Refusal> {
-    if ok { Ok(()) } else { Err(Refusal::Invalid(message())) }
 }
 
 impl CheckedRequest {
@@ -380,7 +233,12 @@ fn picture(base64: &str) -> Result<Bytes, Refusal> {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::path::PathBuf;
+
+    use super::super::offers::Misfits;
     use super::*;
+    use crate::condition::vocabulary::Vocabulary;
+    use crate::model::ModelMeta;
     use crate::model::config::preset;
     use crate::sample::Churn;
 

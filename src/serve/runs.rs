@@ -8,10 +8,10 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::request::Refusal;
+use super::refusal::Refusal;
 use crate::formats::{self, input};
 use crate::train::checkpoint::{self, Checkpoint};
-use crate::train::stats::FILE as STATS;
+use crate::train::files::{self, STATS};
 
 /// Largest file of statistics, and largest grid, that is read.
 const MAX_BYTES: u64 = 1 << 26;
@@ -86,13 +86,10 @@ pub struct Stats {
     pub anew: bool,
 }
 
-/// The names in a directory that have this beginning and ending, sorted.
-fn names(dir: &Path, start: &str, end: &str) -> Vec<String> {
-    let named = formats::names(dir).unwrap_or_default().into_iter();
-    let named = named.filter(|name| name.starts_with(start) && name.ends_with(end));
-    // Links are left out: nobody said that what they lead to may be shown.
+/// The names of the files in a directory, in order. Links are left out: nobody said that what they lead to may be shown.
+fn names(dir: &Path) -> impl Iterator<Item = String> {
     let is_file = |name: &String| dir.join(name).symlink_metadata().is_ok_and(|about| about.is_file());
-    named.filter(|name| end.is_empty() || is_file(name)).collect()
+    formats::names(dir).unwrap_or_default().into_iter().filter(is_file)
 }
 
 impl Runs {
@@ -112,7 +109,8 @@ impl Runs {
             let name = absolute.file_name().map_or("run".into(), |name| name.to_string_lossy().into_owned());
             return vec![(name, self.dir.clone())];
         }
-        let dirs = names(&self.dir, "", "").into_iter().map(|name| (name.clone(), self.dir.join(name)));
+        let names = formats::names(&self.dir).unwrap_or_default();
+        let dirs = names.into_iter().map(|name| (name.clone(), self.dir.join(name)));
         dirs.filter(|(_, dir)| dir.join(STATS).is_file()).collect()
     }
 
@@ -161,9 +159,9 @@ impl Runs {
     /// There is none of that name, or it cannot be read.
     pub fn grid(&self, run: &str, name: &str) -> Result<Vec<u8>, Refusal> {
         let dir = self.find(run)?;
-        let found = names(&dir, "grid-", ".png").into_iter().find(|known| known == name);
-        let name = found.ok_or_else(|| Refusal::NotFound(format!("grid {name:?} of {run:?}")))?;
-        read(&dir.join(name))
+        let found = grids(&dir).into_iter().find(|grid| grid.name == name);
+        let grid = found.ok_or_else(|| Refusal::NotFound(format!("grid {name:?} of {run:?}")))?;
+        read(&dir.join(grid.name))
     }
 
     /// The file of a snapshot, by the name that a request gives it; none if there is no such snapshot.
@@ -190,11 +188,16 @@ fn points(text: &[u8]) -> Vec<Value> {
 /// The snapshots of a run and the names of their files.
 fn snapshots(run: &str, dir: &Path) -> Vec<(Snapshot, String)> {
     let parse = |file: String| {
-        let (nimg, ema) = file.strip_prefix("snapshot-")?.strip_suffix(".safetensors")?.split_once('-')?;
+        let (nimg, ema) = files::snapshot_of(&file)?;
         let model = format!("{run}/{}", file.strip_suffix(".safetensors")?);
-        Some((Snapshot { model, nimg: nimg.parse().ok()?, ema: ema.into() }, file))
+        Some((Snapshot { model, nimg, ema: ema.into() }, file))
     };
-    names(dir, "snapshot-", ".safetensors").into_iter().filter_map(parse).collect()
+    names(dir).filter_map(parse).collect()
+}
+
+/// The sample grids of a run.
+fn grids(dir: &Path) -> Vec<Grid> {
+    names(dir).filter_map(|name| Some(Grid { nimg: files::grid_of(&name)?, name })).collect()
 }
 
 /// Images that a run is to see, as its newest checkpoint says.
@@ -217,10 +220,6 @@ impl Run {
         let (end, before) = (seconds.next(), seconds.next());
         let usual = end.zip(before).map_or(0.0, |(end, before)| end - before);
         let left = duration.map(|duration| duration.saturating_sub(nimg));
-        let grid = |name: String| {
-            let nimg = name.strip_prefix("grid-")?.strip_suffix(".png")?.parse().ok()?;
-            Some(Grid { name, nimg })
-        };
         Ok(Self {
             name: name.into(),
             nimg,
@@ -233,7 +232,7 @@ impl Run {
             seconds_left: left.zip(images_per_s).filter(|(_, rate)| *rate > 0.0).map(|(left, rate)| left as f64 / rate),
             quiet_seconds: quiet.as_secs_f64(),
             running: left != Some(0) && quiet.as_secs_f64() < (3.0 * usual).max(60.0),
-            grids: names(dir, "grid-", ".png").into_iter().filter_map(grid).collect(),
+            grids: grids(dir),
             snapshots: snapshots(name, dir).into_iter().map(|(snapshot, _)| snapshot).collect(),
         })
     }

@@ -4,10 +4,13 @@
 //! Everything random is a function of the run's seed and the image's number in the run, as is which image that is
 //! ([`order`](super::order)).
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
-use super::Settings;
 use super::order::Shown;
+use super::{Inputs, Settings};
+use crate::backend::Backend;
 use crate::data::dataset::{Dataset, DatasetError};
 use crate::rng::{Purpose, Stream, mask_key};
 
@@ -92,6 +95,22 @@ impl HostBatch {
         let showings: Vec<_> = shown.iter().map(showing).collect();
         let keys = (s.dropout > 0.0).then(|| shown.iter().flat_map(|shown| mask_key(s.seed, shown.number)).collect());
         Ok(Self { keys, ..Self::showing(data, s.config.label_dim, &showings)? })
+    }
+
+    /// Uploads some of the images as a micro-batch.
+    pub(super) fn upload<B: Backend>(&self, b: &mut B, images: Range<usize>) -> Inputs<B::Tensor> {
+        let n = images.len();
+        let mut part = |[h, w, c]: [usize; 3], values: &[f32]| {
+            let numel = h * w * c;
+            b.upload([n, h, w, c], &values[images.start * numel..images.end * numel])
+        };
+        Inputs {
+            clean: part(self.shape, &self.clean),
+            noisy: part(self.shape, &self.noisy),
+            sigma: part([1, 1, 1], &self.sigma),
+            keys: self.keys.as_ref().map(|keys| part([1, 1, 2], keys)),
+            labels: self.labels.as_ref().map(|labels| part([1, 1, labels.len() / self.n], labels)),
+        }
     }
 
     /// Makes a batch of images of one size, on all threads; without keys.

@@ -6,42 +6,55 @@ use std::path::Path;
 
 use super::checkpoint::{self, Checkpoint};
 use super::step::with_values;
-use super::{CheckpointError, Event, Execution, ModelMeta, Settings, State, TrainError, stats};
+use super::{CheckpointError, Event, Execution, Model, ModelMeta, Settings, State, TrainError, files};
 use crate::backend::{Slot, TrainingBackend};
 use crate::collective::{Collective, CollectiveError};
 use crate::data::dataset::Dataset;
-use crate::formats::{At, AtomicFile, free_name, input, names, write_atomically};
+use crate::formats::{At, AtomicFile, free_name, input, write_atomically};
 
-/// Name of the file of a run's [`Settings`].
-const OPTIONS_FILE: &str = "training_options.json";
-
-/// Names of the files in a directory that runs make.
-fn made_by_runs(dir: &Path) -> io::Result<Vec<String>> {
-    let made = ["checkpoint-", "snapshot-", "grid-", stats::FILE, OPTIONS_FILE, "loss.svg", "events.out.tfevents."];
-    Ok(names(dir)?.into_iter().filter(|name| made.iter().any(|start| name.starts_with(start))).collect())
+/// Where rank 0 begins: at the newest checkpoint, else with the model.
+pub(super) fn first_state<B: TrainingBackend>(
+    backend: &mut B,
+    model: &Model,
+    settings: &Settings,
+    execution: &Execution,
+    data: &Dataset,
+    event: &mut dyn FnMut(Event),
+) -> Result<State, TrainError> {
+    let dir = execution.outdir.as_path();
+    if execution.restart {
+        set_aside(dir, event).at(dir)?;
+    }
+    if let Some(state) = newest(backend, settings, execution, data, event)? {
+        return Ok(state);
+    }
+    begin_anew(dir, settings, event).at(dir)?;
+    model.upload(backend, Slot::Weight)?;
+    (0..settings.ema.len()).try_for_each(|i| model.upload(backend, Slot::Ema(i)))?;
+    Ok(State::beginning(settings, execution))
 }
 
 /// Moves what a run has made into a folder of its own.
-pub(super) fn set_aside(dir: &Path, event: &mut dyn FnMut(Event)) -> io::Result<()> {
-    let files = made_by_runs(dir)?;
-    if files.is_empty() {
+fn set_aside(dir: &Path, event: &mut dyn FnMut(Event)) -> io::Result<()> {
+    let made = files::made_by_runs(dir)?;
+    if made.is_empty() {
         return Ok(());
     }
     let old = free_name(&dir.join("before"), "restart");
     fs::create_dir(&old)?;
-    files.iter().try_for_each(|name| fs::rename(dir.join(name), old.join(name)))?;
-    event(Event::Note(format!("set aside {} files of the run before in {}", files.len(), old.display())));
+    made.iter().try_for_each(|name| fs::rename(dir.join(name), old.join(name)))?;
+    event(Event::Note(format!("set aside {} files of the run before in {}", made.len(), old.display())));
     Ok(())
 }
 
 /// Sets aside what a directory without a checkpoint has of another run, or of one with other options. If the options'
 /// file beside it is that of this run, everything stays: it will all be written again, with the same bits.
-pub(super) fn begin_anew(dir: &Path, settings: &Settings, event: &mut dyn FnMut(Event)) -> io::Result<()> {
-    let options = dir.join(OPTIONS_FILE);
+fn begin_anew(dir: &Path, settings: &Settings, event: &mut dyn FnMut(Event)) -> io::Result<()> {
+    let options = dir.join(files::OPTIONS);
     let then = input::text(&options).ok().and_then(|text| serde_json::from_str::<Settings>(&text).ok());
     // A run that was killed before it wrote a line of statistics has an empty file of them.
     let nothing = |name: &Path| name.symlink_metadata().is_ok_and(|about| about.is_file() && about.len() == 0);
-    let made = made_by_runs(dir)?.into_iter().filter(|name| name != OPTIONS_FILE && !nothing(&dir.join(name)));
+    let made = files::made_by_runs(dir)?.into_iter().filter(|name| name != files::OPTIONS && !nothing(&dir.join(name)));
     if made.count() > 0 {
         // Without a checkpoint the run needs what it began from.
         let same =
@@ -56,7 +69,7 @@ pub(super) fn begin_anew(dir: &Path, settings: &Settings, event: &mut dyn FnMut(
 
 /// Writes the options' file. A file of that name that is somebody's own is set aside.
 pub(super) fn write_options(dir: &Path, settings: &Settings) -> io::Result<()> {
-    let path = dir.join(OPTIONS_FILE);
+    let path = dir.join(files::OPTIONS);
     let ours = input::text(&path).is_ok_and(|text| serde_json::from_str::<Settings>(&text).is_ok());
     if path.symlink_metadata().is_ok() && !ours {
         fs::rename(&path, free_name(&path, "foreign"))?;
@@ -66,7 +79,7 @@ pub(super) fn write_options(dir: &Path, settings: &Settings) -> io::Result<()> {
 }
 
 /// Loads the newest whole checkpoint; damaged ones are set aside and named. Nothing is touched if none is whole.
-pub(super) fn newest<B: TrainingBackend>(
+fn newest<B: TrainingBackend>(
     backend: &mut B,
     settings: &Settings,
     execution: &Execution,
@@ -83,7 +96,7 @@ pub(super) fn newest<B: TrainingBackend>(
                 asked.rampup = checkpoint.state.settings.rampup;
             }
             let nimg = checkpoint.state.nimg;
-            if checkpoint::path(dir, nimg) != path {
+            if dir.join(files::checkpoint(nimg)) != path {
                 let what = format!("it is of {nimg} images, not of as many as its name says");
                 return Err(CheckpointError::Damaged { path: path.clone(), what }.into());
             }

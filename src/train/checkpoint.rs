@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Execution, Settings, Sums};
+use super::{Execution, Settings, Sums, files};
 use crate::backend::{BackendError, Slot, TrainingBackend};
 use crate::formats::safetensors::{Dtype, SafeError, SafeFile, Writer};
 use crate::formats::{FileError, names};
@@ -100,34 +100,14 @@ fn tensors(table: &ParamTable, averages: usize) -> Vec<(Slot, ParamId, &[usize],
     slots.flat_map(of).collect()
 }
 
-/// Path of the checkpoint after `nimg` images.
-pub fn path(dir: &Path, nimg: u64) -> PathBuf {
-    dir.join(format!("checkpoint-{nimg:09}.safetensors"))
-}
-
 /// The checkpoints in a directory, newest first.
 ///
 /// # Errors
 /// If the directory cannot be listed.
 pub fn list(dir: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for name in names(dir)? {
-        let digits = name.strip_prefix("checkpoint-").and_then(|name| name.strip_suffix(".safetensors"));
-        let number = digits.and_then(|digits| digits.parse::<u64>().ok());
-        // A copy that somebody made under another name does not count.
-        found.extend(number.map(|number| (number, path(dir, number))).filter(|(_, path)| path.ends_with(&name)));
-    }
-    found.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
-    Ok(found.into_iter().map(|(_, path)| path).collect())
-}
-
-/// The names of the snapshots in a directory, in order.
-///
-/// # Errors
-/// If the directory cannot be listed.
-pub fn snapshots(dir: &Path) -> io::Result<Vec<String>> {
-    let snapshot = |name: &String| name.starts_with("snapshot-") && name.ends_with(".safetensors");
-    Ok(names(dir)?.into_iter().filter(snapshot).collect())
+    let mut found: Vec<u64> = names(dir)?.iter().filter_map(|name| files::checkpoint_of(name)).collect();
+    found.sort_unstable();
+    Ok(found.into_iter().rev().map(|nimg| dir.join(files::checkpoint(nimg))).collect())
 }
 
 /// The checkpoints in a directory that a run removes if it keeps `keep` of them. These are the older ones, and those

@@ -14,6 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 
+use super::files;
 use crate::formats::names;
 
 /// The event file that this process writes.
@@ -28,10 +29,10 @@ impl Events {
     /// # Errors
     /// Whatever writing reports.
     pub fn create(dir: &Path, nimg: u64) -> io::Result<Self> {
-        let older = names(dir)?.iter().any(|name| name.starts_with("events.out.tfevents."));
+        let older = names(dir)?.iter().any(|name| name.starts_with(files::EVENTS));
         let seconds = now().floor();
         // The reader orders files by name.
-        let name = |number: u32| dir.join(format!("events.out.tfevents.{seconds:010}.edm2k.{number}"));
+        let name = |number: u32| dir.join(format!("{}{seconds:010}.edm2k.{number}", files::EVENTS));
         let (mut number, file) = (0, File::options());
         let (path, file) = loop {
             let path = name(number);

@@ -34,8 +34,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::{Receiver, sync_channel};
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -48,6 +48,8 @@ pub mod ema;
 #[doc(hidden)]
 #[allow(missing_debug_implementations)]
 pub mod events;
+#[doc(hidden)]
+pub mod files;
 #[doc(hidden)]
 #[allow(missing_debug_implementations)]
 pub mod grid;
@@ -77,7 +79,7 @@ pub use stats::{Status, Sums, Validation};
 pub use step::{Inputs, MicroBatchPlan, micro_batch, rehearse, shared_micro_batch};
 
 use crate::backend::{BackendError, Normalization, Slot, TrainingBackend};
-use crate::collective::agree;
+use crate::collective::{Part, agree};
 use crate::data::dataset::{Dataset, DatasetError};
 use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::Fingerprint;
@@ -85,7 +87,7 @@ use crate::formats::{At, DirLock, FileError, LockError};
 use crate::model::file::ModelWriter;
 use crate::model::{Model, ModelError, ModelMeta, Precond, Stored};
 use batch::HostBatch;
-use begin::{begin_anew, begin_together, newest, set_aside, write_options, writers};
+use begin::{begin_together, first_state, write_options, writers};
 use events::Events;
 use order::Order;
 use settings::RankInputs;
@@ -253,46 +255,27 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
     if part.number == 0 {
         let held = lock.insert(DirLock::exclusive(dir)?);
         held.warning().into_iter().for_each(|warning| event(Event::Warning(warning)));
-        if execution.restart {
-            set_aside(dir, event).at(dir)?;
-        }
-        state = Some(match newest(backend, settings, execution, data.train, event)? {
-            Some(state) => state,
-            None => {
-                begin_anew(dir, settings, event).at(dir)?;
-                model.upload(backend, Slot::Weight)?;
-                (0..settings.ema.len()).try_for_each(|i| model.upload(backend, Slot::Ema(i)))?;
-                State::beginning(settings, execution)
-            }
-        });
+        state = Some(first_state(backend, &model, settings, execution, data.train, event)?);
     }
     // The device has them; a copy on the host would stay to the end.
     drop(model.weights);
     let (state, meta) = begin_together(backend, ranks, state, model.meta)?;
     let writers = writers(dir, ranks)?;
     let settings = &state.settings.clone();
-    let mut files = None;
+    let mut journal = None;
     if part.number == 0 {
         // Nothing is written anew for a run that has ended.
         if state.nimg < settings.duration {
             write_options(dir, settings).at(dir)?;
         }
-        files = Some(RunFiles::open(execution, state.nimg, event)?);
+        journal = Some(Journal::open(execution, state.nimg, event)?);
     }
     let batch_gpu = execution.batch_gpu.min(settings.batch) as usize;
     // A thread makes batches ahead, so that the device does not wait for its data.
     let (sender, batches) = sync_channel(2);
-    let (mut order, nimg) = (Order::new(data.train, settings), state.nimg);
+    let nimg = state.nimg;
     std::thread::scope(|scope| {
-        scope.spawn(move || {
-            let own = part.share(settings.batch as usize);
-            let own = own.start as u64..own.end as u64;
-            let mut micro_batches = (nimg..)
-                .step_by(settings.batch as usize)
-                .flat_map(|first| order.micro_batches(first + own.start..first + own.end, execution.batch_gpu));
-            // This thread ends when nobody waits for batches any more.
-            micro_batches.find(|shown| sender.send(HostBatch::of(data.train, settings, shown)).is_err());
-        });
+        scope.spawn(move || make_batches(data.train, settings, execution.batch_gpu, part, nimg, &sender));
         let mut run = Run {
             backend,
             net: model.net,
@@ -301,11 +284,9 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
             execution,
             batches,
             data,
-            before: state.seconds,
-            last_status: (Instant::now(), state.nimg),
+            clock: Clock::new(&state),
             state,
-            started: Instant::now(),
-            files,
+            journal,
             writers,
             show,
             batch_gpu,
@@ -322,17 +303,37 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
     })
 }
 
-/// What rank 0 alone writes besides checkpoints.
-struct RunFiles {
+/// Makes a rank's share of every batch from image `nimg` on, until nobody waits for batches any more.
+fn make_batches(
+    data: &Dataset,
+    settings: &Settings,
+    batch_gpu: u64,
+    part: Part,
+    nimg: u64,
+    sender: &SyncSender<Result<HostBatch, DatasetError>>,
+) {
+    let mut order = Order::new(data, settings);
+    let own = part.share(settings.batch as usize);
+    for first in (nimg..).step_by(settings.batch as usize) {
+        for shown in order.micro_batches(first + own.start as u64..first + own.end as u64, batch_gpu) {
+            if sender.send(HostBatch::of(data, settings, &shown)).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// The run's statistics, as rank 0 writes them down.
+struct Journal {
     stats: StatsFile,
     events: Option<Events>,
 }
 
-impl RunFiles {
-    /// Opens those of a run after so many images.
+impl Journal {
+    /// Opens that of a run after so many images.
     fn open(execution: &Execution, nimg: u64, event: &mut dyn FnMut(Event)) -> Result<Self, TrainError> {
         let dir = execution.outdir.as_path();
-        let path = dir.join(stats::FILE);
+        let path = dir.join(files::STATS);
         let (stats, foreign) = StatsFile::open(&path, nimg).at(&path)?;
         if let Some(aside) = foreign {
             let text = format!("{} had more than statistics: set aside as {}", path.display(), aside.display());
@@ -340,6 +341,38 @@ impl RunFiles {
         }
         let events = execution.tensorboard.then(|| Events::create(dir, nimg)).transpose().at(dir)?;
         Ok(Self { stats, events })
+    }
+}
+
+/// The time that a run spends in training.
+struct Clock {
+    /// Seconds before this process went on with it.
+    before: f64,
+    started: Instant,
+    /// When the last status line was written, and after how many images.
+    last_status: (Instant, u64),
+}
+
+impl Clock {
+    fn new(state: &State) -> Self {
+        let now = Instant::now();
+        Self { before: state.seconds, started: now, last_status: (now, state.nimg) }
+    }
+
+    fn seconds(&self) -> f64 {
+        self.before + self.started.elapsed().as_secs_f64()
+    }
+
+    /// Leaves out time that was spent beside training.
+    fn leave_out(&mut self, spent: Duration) {
+        self.started += spent;
+        self.last_status.0 += spent;
+    }
+
+    /// Images a second since it was asked last.
+    fn images_per_s(&mut self, nimg: u64) -> f64 {
+        let (since, before) = std::mem::replace(&mut self.last_status, (Instant::now(), nimg));
+        (nimg - before) as f64 / since.elapsed().as_secs_f64()
     }
 }
 
@@ -352,12 +385,9 @@ struct Run<'a, 's, B: TrainingBackend> {
     batches: Receiver<Result<HostBatch, DatasetError>>,
     data: Splits<'a>,
     state: State,
-    before: f64,
-    started: Instant,
-    /// When the last status line was written, and after how many images.
-    last_status: (Instant, u64),
-    /// What only rank 0 has.
-    files: Option<RunFiles>,
+    clock: Clock,
+    /// Rank 0 alone has one.
+    journal: Option<Journal>,
     /// How many ranks write snapshots.
     writers: usize,
     show: Option<&'a mut grid::Show<'s>>,
@@ -374,7 +404,7 @@ struct Run<'a, 's, B: TrainingBackend> {
 impl<B: TrainingBackend> Run<'_, '_, B> {
     fn go(&mut self, stop: &AtomicBool, event: &mut dyn FnMut(Event)) -> Result<Outcome, TrainError> {
         if self.state.nimg >= self.settings.duration {
-            if self.files.is_some() {
+            if self.journal.is_some() {
                 event(Event::Note(format!("{} images have been seen already: nothing to do", self.state.nimg)));
                 // The process that trained on the last images may have been killed before it tidied up.
                 self.tidy(event)?;
@@ -388,7 +418,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             let (nimg, batch) = (self.state.nimg, self.settings.batch);
             let due = |interval: u64| interval > 0 && (done || nimg / interval > (nimg - batch) / interval);
             event(Event::Step(nimg));
-            let writes = self.files.is_some();
+            let writes = self.journal.is_some();
             // The checkpoint comes last, since it promises that all before it has been done.
             if due(self.execution.status) && writes {
                 self.status(lr, event)?;
@@ -420,8 +450,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     }
 
     fn write_stats(&mut self, line: &impl Serialize) -> Result<(), TrainError> {
-        let Some(RunFiles { stats, events }) = &mut self.files else { return Ok(()) };
-        let path = self.execution.outdir.join(stats::FILE);
+        let Some(Journal { stats, events }) = &mut self.journal else { return Ok(()) };
+        let path = self.execution.outdir.join(files::STATS);
         stats.write(line).at(path)?;
         let Some(events) = events else { return Ok(()) };
         let line = serde_json::to_value(line).unwrap_or_default();
@@ -430,7 +460,6 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
 
     fn status(&mut self, lr: f64, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let sums = std::mem::take(&mut self.state.sums);
-        let (since, nimg) = self.last_status;
         let status = Status {
             nimg: self.state.nimg,
             step: self.state.step,
@@ -438,13 +467,12 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             lr,
             grad_norm: sums.grad_norm / sums.steps as f64,
             nonfinite: sums.nonfinite,
-            images_per_s: (self.state.nimg - nimg) as f64 / since.elapsed().as_secs_f64(),
+            images_per_s: self.clock.images_per_s(self.state.nimg),
             seconds: self.state.seconds,
             peak_mib: stats::peak_mib(),
         };
         self.write_stats(&status)?;
         event(Event::Status(&status));
-        self.last_status = (Instant::now(), self.state.nimg);
         Ok(())
     }
 
@@ -457,7 +485,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             memory::halving(batch, TrainError::is_out_of_memory, loss, |why, n| halved(why, n))
         })?;
         self.write_stats(&Validation { nimg: self.state.nimg, validation_loss: loss })?;
-        if self.files.is_some() {
+        if self.journal.is_some() {
             event(Event::Note(format!("validation loss {loss:.5} after {} images", self.state.nimg)));
         }
         Ok(())
@@ -479,16 +507,14 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         let done = work(self, &mut batch, &mut halved);
         self.batch_aside = batch;
         self.backend.make_effective(Slot::Weight, Normalization::Train { rounds: self.rounds })?;
-        let spent = begun.elapsed();
-        self.last_status.0 += spent;
-        self.started += spent;
+        self.clock.leave_out(begun.elapsed());
         done
     }
 
     /// Writes the sample grid of the first moving average.
     fn grid(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let Some(show) = self.show.take() else { return Ok(()) };
-        let path = self.execution.outdir.join(format!("grid-{:09}.png", self.state.nimg));
+        let path = self.execution.outdir.join(files::grid(self.state.nimg));
         let data = self.data.validation.unwrap_or(self.data.train);
         let guided = self.cond_dropout() > 0.0;
         let written = self.with_average(event, |run, batch, halved| {
@@ -500,7 +526,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             // A network may not be trained enough to sample from yet, or what it makes too much for the autoencoder. Memory
             // may be short. Later grids may work, and the run does not need them.
             Err(TrainError::Grid(error)) if error.is_passing() => {
-                if self.files.is_some() {
+                if self.journal.is_some() {
                     event(Event::Note(format!("no sample grid: {error}")));
                 }
             }
@@ -515,8 +541,8 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
 
     /// Writes a model file for each moving average. All ranks have the same averages, so any of them can write any.
     fn snapshot(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
-        let name = |&std: &f64| format!("snapshot-{:09}-{}.safetensors", self.state.nimg, ema::name_of(std));
-        let paths: Vec<_> = self.settings.ema.iter().map(|std| self.execution.outdir.join(name(std))).collect();
+        let path = |&std: &f64| self.execution.outdir.join(files::snapshot(self.state.nimg, std));
+        let paths: Vec<_> = self.settings.ema.iter().map(path).collect();
         let (rank, writers) = (self.ranks.rank(), self.writers);
         for (i, path) in paths.iter().enumerate().filter(|(i, _)| i % writers == rank) {
             match self.write_average(i, path) {
@@ -528,7 +554,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         }
         // A checkpoint that follows promises that all of them are there.
         self.ranks.barrier()?;
-        if self.files.is_some() {
+        if self.journal.is_some() {
             paths.iter().for_each(|path| event(Event::Saved(path)));
         }
         Ok(())
@@ -563,7 +589,7 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     /// Writes a checkpoint, unless the run has diverged, and tidies up.
     fn checkpoint(&mut self, event: &mut dyn FnMut(Event)) -> Result<(), TrainError> {
         let dir = &self.execution.outdir;
-        let path = checkpoint::path(dir, self.state.nimg);
+        let path = dir.join(files::checkpoint(self.state.nimg));
         match checkpoint::save(&path, self.backend, &self.meta_now(), &self.state) {
             Err(e @ CheckpointError::NotFinite { .. }) => return Err(self.diverged(e.to_string())),
             other => other?,
@@ -579,8 +605,9 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             fs::remove_file(&old).at(&old)?;
         }
         // A run does not end because a picture cannot be drawn.
-        if let Some(Err(cause)) = self.files.as_ref().map(|files| files.stats.draw()) {
-            event(Event::Warning(format!("{}: {cause}", dir.join("loss.svg").display())));
+        let picture = dir.join(files::LOSSES);
+        if let Some(Err(cause)) = self.journal.as_ref().map(|journal| journal.stats.draw(&picture)) {
+            event(Event::Warning(format!("{}: {cause}", picture.display())));
         }
         Ok(())
     }

@@ -66,9 +66,6 @@ pub struct Sums {
 /// Longest line that is read.
 const MAX_LINE: u64 = 1 << 16;
 
-/// Name of the file in a run's directory.
-pub const FILE: &str = "stats.jsonl";
-
 /// The newest value of each number in a file of statistics, `nimg` included. What is no line of statistics is left out.
 ///
 /// # Errors
@@ -160,8 +157,8 @@ impl StatsFile {
         self.file.write_all(text.as_bytes())
     }
 
-    /// Draws the losses so far into `loss.svg` beside the file.
-    pub fn draw(&self) -> io::Result<()> {
+    /// Draws the losses so far into a file.
+    pub fn draw(&self, picture: &Path) -> io::Result<()> {
         let text = fs::read_to_string(&self.path)?;
         let curve = |key: &str| -> Vec<(f64, f64)> {
             let points =
@@ -169,7 +166,7 @@ impl StatsFile {
             points.filter(|(_, value)| value.abs() < 1e30).collect()
         };
         let svg = draw(&curve("loss"), &curve("validation_loss")).map_err(io::Error::other)?;
-        write_atomically(&self.path.with_file_name("loss.svg"), |out| out.write_all(svg.as_bytes()))
+        write_atomically(picture, |out| out.write_all(svg.as_bytes()))
     }
 }
 

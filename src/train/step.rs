@@ -25,54 +25,9 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
     /// One optimizer step; returns its learning rate, and whether some rank is to stop.
     pub(super) fn step(&mut self, stop: &AtomicBool, event: &mut dyn FnMut(Event)) -> Result<(f64, bool), TrainError> {
         let s = self.settings;
-        let numel = |[h, w, c]: [usize; 3]| (h * w * c) as f64;
-        let usual = numel(self.data.train.shape());
         let lr = s.learning_rate().at(self.state.nimg);
         let end = self.state.nimg + s.batch;
-        let mut losses = Vec::new();
-        let mut seen = 0;
-        let own = self.ranks.part().share(s.batch as usize).len();
-        let mut reduction = Reduction::new();
-        while seen < own {
-            let batch = self.batches.recv().expect("batches are made as long as they are asked for")?;
-            let [h, w, c] = batch.shape;
-            let mut first = 0;
-            while first < batch.n {
-                let n = self.batch_gpu.min(batch.n - first);
-                let b = &mut *self.backend;
-                let mut upload = |[h, w, c]: [usize; 3], values: &[f32]| {
-                    b.upload([n, h, w, c], &values[first * h * w * c..][..n * h * w * c])
-                };
-                let inputs = Inputs {
-                    clean: upload([h, w, c], &batch.clean),
-                    noisy: upload([h, w, c], &batch.noisy),
-                    sigma: upload([1, 1, 1], &batch.sigma),
-                    keys: batch.keys.as_ref().map(|keys| upload([1, 1, 2], keys)),
-                    labels: batch.labels.as_ref().map(|labels| upload([1, 1, s.config.label_dim], labels)),
-                };
-                let last = seen + first + n == own;
-                let made = match self.ranks.size() {
-                    1 => micro_batch(b, &self.net, s.dropout, inputs),
-                    _ => shared_micro_batch(b, &self.net, s.dropout, inputs, &mut |b, whole| {
-                        if last {
-                            reduction.go_on(b, self.ranks, whole);
-                        }
-                    }),
-                };
-                match made {
-                    Err(why) if n > 1 && why.is_out_of_memory() => self.halve(n, &why, event),
-                    made => {
-                        losses.push((made?, usual / numel(batch.shape)));
-                        first += n;
-                    }
-                }
-            }
-            seen += batch.n;
-        }
-        if self.ranks.size() > 1 {
-            reduction.done?;
-            self.ranks.summed()?;
-        }
+        let losses = self.gradients(event)?;
         let betas: Vec<f64> = s.ema.iter().map(|&std| ema::power_function_beta(std, end, s.batch)).collect();
         let stats = self.backend.optimizer_step(&OptimizerStep {
             lr,
@@ -89,26 +44,71 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
             loss += weight * self.backend.download(&per_image)?.iter().map(|&x| f64::from(x)).sum::<f64>();
         }
         let stop = u64::from(stop.load(Ordering::Relaxed));
-        let said =
-            StepReport { loss, grad_norm: stats.grad_norm, stop, rounds: self.own_rounds() }.of_all(self.ranks)?;
-        let loss: f64 = said.iter().map(|rank| rank.loss).sum();
-        self.rounds = StepReport::rounds(&said);
+        let own = StepReport { loss, grad_norm: stats.grad_norm, stop, rounds: self.own_rounds() };
+        let all = own.of_all(self.ranks)?;
+        let loss: f64 = all.iter().map(|rank| rank.loss).sum();
+        self.rounds = StepReport::rounds(&all);
         self.state.nimg = end;
         if !loss.is_finite() {
             return Err(self.diverged(format!("the loss is {loss}")));
         }
         self.state.step += 1;
-        self.state.seconds = self.before + self.started.elapsed().as_secs_f64();
+        self.state.seconds = self.clock.seconds();
+        let per_element = loss / self.usual_numel();
         let sums = &mut self.state.sums;
         sums.nonfinite += stats.nonfinite;
         // A step that overflowed is left out: in the mean it would hide all other steps of the interval.
         if stats.grad_norm.is_finite() {
             sums.images += s.batch;
             sums.steps += 1;
-            sums.loss += loss / usual;
+            sums.loss += per_element;
             sums.grad_norm += stats.grad_norm;
         }
-        Ok((lr, said.iter().any(|rank| rank.stop > 0)))
+        Ok((lr, all.iter().any(|rank| rank.stop > 0)))
+    }
+
+    /// Adds up the gradients of a step: this rank's share of its images, micro-batch by micro-batch, and then the ranks'.
+    /// Returns the losses of each micro-batch's images, on the device, and the weight that they have in a step's loss.
+    fn gradients(&mut self, event: &mut dyn FnMut(Event)) -> Result<Vec<(B::Tensor, f64)>, TrainError> {
+        let dropout = self.settings.dropout;
+        let own = self.ranks.part().share(self.settings.batch as usize).len();
+        let mut reduction = Reduction::new();
+        let (mut losses, mut seen) = (Vec::new(), 0);
+        while seen < own {
+            let batch = self.batches.recv().expect("batches are made as long as they are asked for")?;
+            let weight = self.usual_numel() / numel(batch.shape);
+            let mut first = 0;
+            while first < batch.n {
+                let n = self.batch_gpu.min(batch.n - first);
+                let last = seen + n == own;
+                let inputs = batch.upload(self.backend, first..first + n);
+                let made = match self.ranks.size() {
+                    1 => micro_batch(self.backend, &self.net, dropout, inputs),
+                    _ => shared_micro_batch(self.backend, &self.net, dropout, inputs, &mut |b, whole| {
+                        if last {
+                            reduction.go_on(b, self.ranks, whole);
+                        }
+                    }),
+                };
+                match made {
+                    Err(why) if n > 1 && why.is_out_of_memory() => self.halve(n, &why, event),
+                    made => {
+                        losses.push((made?, weight));
+                        (first, seen) = (first + n, seen + n);
+                    }
+                }
+            }
+        }
+        if self.ranks.size() > 1 {
+            reduction.done?;
+            self.ranks.summed()?;
+        }
+        Ok(losses)
+    }
+
+    /// Elements of an image of the most frequent size. Losses of other sizes are scaled to it.
+    fn usual_numel(&self) -> f64 {
+        numel(self.data.train.shape())
     }
 
     /// Micro-batches of a step on the rank with the largest share, if all took as many images at a time as this one.
@@ -129,6 +129,10 @@ impl<B: TrainingBackend> Run<'_, '_, B> {
         self.batch_gpu = n.div_ceil(2);
         event(Event::Fewer(format!("{why}; going on with {} images at a time", self.batch_gpu)));
     }
+}
+
+fn numel(shape: [usize; 3]) -> f64 {
+    shape.iter().product::<usize>() as f64
 }
 
 /// The sum of a step's gradients over all ranks.

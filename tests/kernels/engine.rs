@@ -318,7 +318,7 @@ fn a_resumed_run_ends_in_the_same_bits() {
     run(&mut gpu(&runtime, &whole), &dir.path().join("resumed"), &whole, 2);
     run(&mut gpu(&runtime, &whole), &dir.path().join("straight"), &whole, 2);
     let weights = |run: &str| {
-        let path = train::checkpoint::path(&dir.path().join(run), 12);
+        let path = dir.path().join(run).join(train::files::checkpoint(12));
         let file = SafeFile::open(path).unwrap();
         let names: Vec<String> = file.names().filter(|&name| name != "checksums").map(str::to_owned).collect();
         assert!(names.len() > 100, "{names:?}");

@@ -214,6 +214,17 @@ impl ProductKernel {
         if self.in_parts() { self.choice.splits * values * 4 } else { 0 }
     }
 
+    /// How a convolution's pixels are cut into tiles, within each of `groups` equal groups of images.
+    fn tiles(&self, shape: &ConvShape, groups: usize) -> PixelTiles {
+        let group = shape.pixels() / groups;
+        PixelTiles {
+            height: int(shape.h),
+            width: int(shape.w),
+            group: int(group),
+            tiles_per_group: int(group.div_ceil(self.choice.tile.m)),
+        }
+    }
+
     /// A launch of the loop for every card.
     fn launch(&self, grid: [usize; 2], params: &impl NoUninit) -> Launch {
         let Choice { tile, splits, .. } = self.choice;
@@ -289,72 +300,71 @@ impl Fprop {
         memory: ConvFprop,
     ) -> Result<Launch, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
-        let skip = second(shape, skip)?;
-        let (mut scale, mut pre, mut residual) =
-            (BlockScales { all: DevicePtr::NULL, stride: 0 }, None, DevicePtr::NULL);
-        let (mut wa, mut gain, mut to_main, mut clip, mut main) = (0.0, 1.0, 1.0, None, None);
-        match epilogue {
-            Epilogue::Gain(given) => gain = given,
-            Epilogue::ScaleSilu { scale: given, pre: wanted } => (scale, pre) = (given, wanted),
-            Epilogue::MpSum { main: MainPath::Tensor(from), wa: a, wb: b, clip: limit } => {
-                (residual, wa, gain, clip) = (from, a, b, limit);
-            }
-            Epilogue::MpSum { main: MainPath::Conv { inputs, weight }, wa: a, wb: b, clip: limit } => {
-                (main, gain, to_main, clip) = (Some((inputs, weight)), a, b / a, limit);
-            }
-        }
         let wrong = |what| Err(ConvError { shape: *shape, what });
-        if act.is_some() && scale.all != DevicePtr::NULL {
-            return wrong("a result scaled by the embedding is an activation, and has no other beside it");
-        }
-        let main = match (self.main, main) {
-            (None, None) => None,
-            (Some(_), Some(_)) if !to_main.is_finite() => {
-                return wrong("a main path that does not count is no scale for the sums");
-            }
-            (Some(of), Some(((x, skip), weight))) => {
-                let skip = second(&of, skip)?;
-                Some(conv_hopper::Onto { x: of.images(x, of.ca), skip: of.images(skip, of.cb), weight, to_main })
-            }
-            _ => return wrong("planned with a convolution of the main path and called without, or the reverse"),
-        };
-        let null = ImagesAt { at: DevicePtr::NULL, channels: 0, ..shape.images(x, 0) };
-        let (main_x, main_skip) = main.map_or((null, null), |main| (main.x, main.skip));
+        let skip = second(shape, skip)?;
         let tiles_m = shape.pixels().div_ceil(tile.m);
-        let params = ConvFprop {
+        let before = ConvFprop {
             x,
             skip,
-            main_x: main_x.at,
-            main_skip: main_skip.at,
-            main_weight: main.map_or(DevicePtr::NULL, |main| main.weight),
-            scale: scale.all,
-            residual,
-            pre: pre.unwrap_or(DevicePtr::NULL),
             act: act.map_or(DevicePtr::NULL, |a| a.0),
+            act_scale: act.map_or(1.0, |a| a.1),
             partial: self.kernel.parts(memory.partial),
-            tiles: PixelTiles {
-                height: int(shape.h),
-                width: int(shape.w),
-                group: int(shape.pixels()),
-                tiles_per_group: int(tiles_m),
-            },
+            tiles: self.kernel.tiles(shape, 1),
             pixels: int(shape.pixels()),
             ca: int(shape.ca),
             cb: int(shape.cb),
             cout: int(shape.cout),
             taps: int(shape.taps),
-            main_ca: int(main_x.channels),
-            main_cb: int(main_skip.channels),
-            scale_stride: int(scale.stride),
             steps_per_split: int(steps_per_split),
             splits: int(splits),
-            wa,
-            gain,
-            to_main,
-            clip: clip.unwrap_or(f32::INFINITY),
-            act_scale: act.map_or(1.0, |a| a.1),
+            gain: 1.0,
+            to_main: 1.0,
+            clip: f32::INFINITY,
             ..memory
         };
+        let mut main = None;
+        let params = match epilogue {
+            Epilogue::Gain(gain) => ConvFprop { gain, ..before },
+            Epilogue::ScaleSilu { .. } if act.is_some() => {
+                return wrong("a result scaled by the embedding is an activation, and has no other beside it");
+            }
+            Epilogue::ScaleSilu { scale, pre } => ConvFprop {
+                scale: scale.all,
+                scale_stride: int(scale.stride),
+                pre: pre.unwrap_or(DevicePtr::NULL),
+                ..before
+            },
+            Epilogue::MpSum { main: path, wa, wb, clip } => {
+                let before = ConvFprop { clip: clip.unwrap_or(f32::INFINITY), ..before };
+                match (path, self.main) {
+                    (MainPath::Tensor(residual), None) => ConvFprop { residual, wa, gain: wb, ..before },
+                    (MainPath::Conv { inputs: (x, skip), weight }, Some(of)) => {
+                        // The main path's products are added to the sums, so its weight is that of all.
+                        let to_main = wb / wa;
+                        if !to_main.is_finite() {
+                            return wrong("a main path that does not count is no scale for the sums");
+                        }
+                        let skip = second(&of, skip)?;
+                        let (x, skip) = (of.images(x, of.ca), of.images(skip, of.cb));
+                        main = Some(conv_hopper::Onto { x, skip, weight, to_main });
+                        ConvFprop {
+                            main_x: x.at,
+                            main_skip: skip.at,
+                            main_weight: weight,
+                            main_ca: int(x.channels),
+                            main_cb: int(skip.channels),
+                            gain: wa,
+                            to_main,
+                            ..before
+                        }
+                    }
+                    _ => return wrong(MAIN_PATH_DIFFERS),
+                }
+            }
+        };
+        if self.main.is_some() != main.is_some() {
+            return wrong(MAIN_PATH_DIFFERS);
+        }
         let grid = [tiles_m, shape.cout.div_ceil(tile.n)];
         Ok(if self.kernel.hopper() {
             let channels = [shape.ca, shape.cb];
@@ -366,6 +376,8 @@ impl Fprop {
         })
     }
 }
+
+const MAIN_PATH_DIFFERS: &str = "planned with a convolution of the main path and called without, or the reverse";
 
 /// Bytes of `arrived`: a counter for each tile whose sum may come in parts. They are zeros, and the kernel leaves them as
 /// zeros. So one such buffer serves all convolutions that run one after the other.
@@ -444,46 +456,44 @@ impl Dgrad {
     pub fn launches(&self, inputs: ConvInputs, through: Through, memory: ConvDgrad) -> Result<Vec<Launch>, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let (skip, skip_scale) = inputs.check(shape)?;
-        let (scale, scale_grad) = match through {
-            Through::ScaleSilu { scale, scale_grad } => (Some(scale), scale_grad),
-            _ => (None, DevicePtr::NULL),
-        };
-        if scale.is_some() != self.scaled {
-            let what = "planned with scales and called without, or the reverse";
-            return Err(ConvError { shape: *shape, what });
-        }
-        if self.scaled && (inputs.x_scale != 1.0 || memory.acc_x != DevicePtr::NULL) {
-            let what = "an input scaled by the embedding has no other factor, and nothing is added to its gradient";
-            return Err(ConvError { shape: *shape, what });
-        }
-        let linear = matches!(through, Through::Linear);
-        let tiles_m = self.tiles_per_group();
-        let partial = self.kernel.partial_bytes(shape.pixels() * shape.cin());
-        let params = ConvDgrad {
-            x: if linear { DevicePtr::NULL } else { inputs.x },
-            skip: if linear { DevicePtr::NULL } else { skip },
-            scale: scale.map_or(DevicePtr::NULL, |s| s.all),
-            scale_grad,
-            sums: if self.scaled { memory.partial.offset(partial) } else { DevicePtr::NULL },
+        let wrong = |what| Err(ConvError { shape: *shape, what });
+        let before = ConvDgrad {
+            x: inputs.x,
+            skip,
             partial: self.kernel.parts(memory.partial),
-            tiles: PixelTiles {
-                height: int(shape.h),
-                width: int(shape.w),
-                group: int(shape.pixels() / self.groups()),
-                tiles_per_group: int(tiles_m),
-            },
+            tiles: self.kernel.tiles(shape, self.groups()),
             pixels: int(shape.pixels()),
             ca: int(shape.ca),
             cb: int(shape.cb),
             cout: int(shape.cout),
             taps: int(shape.taps),
-            scale_stride: int(scale.map_or(0, |s| s.stride)),
             steps_per_split: int(steps_per_split),
             splits: int(splits),
             x_scale: inputs.x_scale,
             skip_scale,
             ..memory
         };
+        let params = match (through, self.scaled) {
+            (Through::Linear, false) => ConvDgrad { x: DevicePtr::NULL, skip: DevicePtr::NULL, ..before },
+            (Through::Silu, false) => before,
+            (Through::ScaleSilu { .. }, true) if inputs.x_scale != 1.0 || memory.acc_x != DevicePtr::NULL => {
+                return wrong(
+                    "an input scaled by the embedding has no other factor, and nothing is added to its gradient",
+                );
+            }
+            (Through::ScaleSilu { scale, scale_grad }, true) => {
+                let partial = self.kernel.partial_bytes(shape.pixels() * shape.cin());
+                ConvDgrad {
+                    scale: scale.all,
+                    scale_stride: int(scale.stride),
+                    scale_grad,
+                    sums: memory.partial.offset(partial),
+                    ..before
+                }
+            }
+            _ => return wrong("planned with scales and called without, or the reverse"),
+        };
+        let tiles_m = self.tiles_per_group();
         let grid = [self.groups() * tiles_m, shape.cin().div_ceil(tile.n)];
         let mut launches = vec![if self.kernel.hopper() {
             let read = [memory.grad, DevicePtr::NULL];

@@ -9,14 +9,14 @@ use serde_json::{Map, Value, json};
 use edm2k::condition::vocabulary::Vocabulary;
 use edm2k::formats::At;
 use edm2k::train::checkpoint::{self, Checkpoint};
-use edm2k::train::{CheckpointError, Settings, State, stats};
+use edm2k::train::{CheckpointError, Settings, State, files, stats};
 
 use crate::cli::say::out;
 
 /// Whether a directory is that of a run.
 pub fn is_one(dir: &Path) -> anyhow::Result<bool> {
-    Ok(dir.join(stats::FILE).is_file()
-        || !checkpoint::snapshots(dir).at(dir)?.is_empty()
+    Ok(dir.join(files::STATS).is_file()
+        || !files::snapshots(dir).at(dir)?.is_empty()
         || !checkpoint::list(dir).at(dir)?.is_empty())
 }
 
@@ -52,9 +52,9 @@ pub fn show(dir: &Path, check: bool, json: bool) -> anyhow::Result<()> {
             Err(why) => return Err(why.into()),
         }
     }
-    let path = dir.join(stats::FILE);
+    let path = dir.join(files::STATS);
     let latest = if path.is_file() { stats::latest(&path).at(&path)? } else { Map::new() };
-    let snapshots = checkpoint::snapshots(dir).at(dir)?;
+    let snapshots = files::snapshots(dir).at(dir)?;
     let run = Run { kind: "run", state, checkpoints, damaged, snapshots, latest };
     match json {
         true => out!("{}", serde_json::to_value(&run)?),

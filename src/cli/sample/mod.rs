@@ -287,47 +287,8 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
 
 /// Opens what the arguments name, and checks it all before anything is computed.
 fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
-    let usual = args.preset.as_ref().map_or_else(SamplerConfig::default, SamplingPreset::config);
-    let mut sampler = args.sampler.config(&usual)?;
-    if let Some(preset) = &args.preset {
-        ensure!(preset.guide.is_none() || args.gnet.is_some(), "--preset {}: there is no --gnet", preset.name);
-        let by = preset.guide.map_or(String::new(), |(by, _)| format!(", --gnet of {by}.pkl"));
-        if ranks.first() {
-            note!("{} is meant for --model of {}.pkl{by}", preset.name, preset.net);
-        }
-    }
-    if args.from.is_some() {
-        sampler.strength = args.strength.unwrap_or(0.5);
-        sampler.validate()?;
-    }
-    let device = ranks.open(&args.device)?.fastest();
-    let mut pipeline = Pipeline::load(&device, &args.model).context("--model")?;
-    match &args.gnet {
-        Some(guide) if sampler.guidance == 1.0 => {
-            ModelFile::open(guide).context("--gnet")?;
-            if ranks.first() {
-                note!("warning: --gnet does nothing at guidance 1");
-            }
-        }
-        Some(guide) => pipeline = pipeline.with_guide(guide).context("--gnet")?,
-        None => {}
-    }
-    if let Some(vae) = &args.condition_model {
-        pipeline = pipeline.with_condition_model(vae).context("--condition-model")?;
-    }
-    if let Some(tagger) = &args.tagger {
-        pipeline = pipeline.with_tagger(tagger, args.tagger_node.as_deref()).context("--tagger")?;
-    }
-    if let Some(path) = &args.class_names {
-        ensure!(
-            !args.class.is_empty() || args.negative.is_some(),
-            "--class-names: there is no --class and no --negative"
-        );
-        warn(&mut pipeline, ranks, "");
-        let names = Classes::load(path).context("--class-names")?;
-        pipeline = pipeline.with_class_names(names).context("--class-names")?;
-        warn(&mut pipeline, ranks, &format!("--class-names {}: ", path.display()));
-    }
+    let mut sampler = sampler(args, ranks)?;
+    let mut pipeline = opened(args, sampler.guidance != 1.0, ranks)?;
     let piped = args.prompts.as_deref() == Some("-".as_ref());
     ensure!(!piped || ranks.size() == 1, "--prompts -: each process has an input of its own; give a file");
     let wanted = wanted(args, &mut pipeline)?;
@@ -336,23 +297,16 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         pipeline = pipeline.with_codec(vae).context("--vae")?;
         warn(&mut pipeline, ranks, "--vae ");
     }
-    if args.condition_model.is_some() && !invents(args, &pipeline) && ranks.first() {
-        note!(
-            "warning: --condition-model does nothing: --complete has it complete tags, --random-conditions invents some"
-        );
+    if args.condition_model.is_some() && !invents(args, &pipeline) {
+        ranks.warn("--condition-model does nothing: --complete has it complete tags, --random-conditions invents some");
     }
-    let lacking = wanted.iter().position(|(condition, _)| condition.away.is_none());
-    if let Some(place) = lacking.filter(|_| pipeline.cannot_guide()) {
-        ensure!(
-            args.sampler.guidance.is_some() || wanted.iter().all(|(condition, _)| condition.away.is_none()),
-            "condition {} has no negative, and the model was trained without --cond-dropout, so guidance has nothing to \
-             lead away from there; --negative is for all that have none of their own",
-            place + 1
-        );
-        args.sampler.without_guide(&mut sampler).iter().for_each(|text| ranks.say(text));
+    let seeds = seeds(args, &wanted.iter().map(|(_, seed)| *seed).collect::<Vec<_>>())?;
+    let conditions: Vec<_> = wanted.into_iter().map(|(condition, _)| condition).collect();
+    if pipeline.cannot_guide() {
+        unguided(args, &conditions, &mut sampler, ranks)?;
     }
-    if wanted.is_empty() && pipeline.meta().is_always_conditional(&pipeline.net().config) && ranks.first() {
-        note!("warning: the model was trained without --cond-dropout, so it never learned to draw without a condition");
+    if conditions.is_empty() && pipeline.meta().is_always_conditional(&pipeline.net().config) {
+        ranks.warn("the model was trained without --cond-dropout, so it never learned to draw without a condition");
     }
     let kept = match (pipeline.makes_pictures(), args.save_steps) {
         (false, _) => OutputKind::Latents,
@@ -360,8 +314,6 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         (true, false) => OutputKind::Pictures,
     };
     let per_condition = usize::from(args.per_condition);
-    let seeds = seeds(args, &wanted.iter().map(|(_, seed)| *seed).collect::<Vec<_>>())?;
-    let conditions = wanted.into_iter().map(|(condition, _)| condition).collect();
     let (size, batch) = (args.size, args.batch.into());
     let mut request = Request { conditions, per_condition, seeds, size, sampler, batch, ..Request::default() };
     if let Some(count) = args.interpolate {
@@ -387,6 +339,72 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         memory::check(format!("keeping {all} latents of {width}x{height}"), needed)?;
     }
     Ok(Resolved { pipeline, request, kept, part })
+}
+
+/// How the sampler is to work, by the options and the preset.
+fn sampler(args: &SampleArgs, ranks: &Ranks) -> anyhow::Result<SamplerConfig> {
+    let usual = args.preset.as_ref().map_or_else(SamplerConfig::default, SamplingPreset::config);
+    let mut sampler = args.sampler.config(&usual)?;
+    if let Some(preset) = &args.preset {
+        ensure!(preset.guide.is_none() || args.gnet.is_some(), "--preset {}: there is no --gnet", preset.name);
+        let by = preset.guide.map_or(String::new(), |(by, _)| format!(", --gnet of {by}.pkl"));
+        ranks.say(&format!("{} is meant for --model of {}.pkl{by}", preset.name, preset.net));
+    }
+    if args.from.is_some() {
+        sampler.strength = args.strength.unwrap_or(0.5);
+        sampler.validate()?;
+    }
+    Ok(sampler)
+}
+
+/// The pipeline with all that conditions are made of.
+fn opened(args: &SampleArgs, guided: bool, ranks: &mut Ranks) -> anyhow::Result<Pipeline> {
+    let device = ranks.open(&args.device)?.fastest();
+    let mut pipeline = Pipeline::load(&device, &args.model).context("--model")?;
+    match &args.gnet {
+        Some(guide) if !guided => {
+            ModelFile::open(guide).context("--gnet")?;
+            ranks.warn("--gnet does nothing at guidance 1");
+        }
+        Some(guide) => pipeline = pipeline.with_guide(guide).context("--gnet")?,
+        None => {}
+    }
+    if let Some(vae) = &args.condition_model {
+        pipeline = pipeline.with_condition_model(vae).context("--condition-model")?;
+    }
+    if let Some(tagger) = &args.tagger {
+        pipeline = pipeline.with_tagger(tagger, args.tagger_node.as_deref()).context("--tagger")?;
+    }
+    if let Some(path) = &args.class_names {
+        ensure!(
+            !args.class.is_empty() || args.negative.is_some(),
+            "--class-names: there is no --class and no --negative"
+        );
+        warn(&mut pipeline, ranks, "");
+        let names = Classes::load(path).context("--class-names")?;
+        pipeline = pipeline.with_class_names(names).context("--class-names")?;
+        warn(&mut pipeline, ranks, &format!("--class-names {}: ", path.display()));
+    }
+    Ok(pipeline)
+}
+
+/// Does without guidance where it has nothing to lead away from: where no condition has a negative. All of them must have
+/// one, or none.
+fn unguided(
+    args: &SampleArgs,
+    conditions: &[Condition],
+    sampler: &mut SamplerConfig,
+    ranks: &Ranks,
+) -> anyhow::Result<()> {
+    let Some(lacking) = conditions.iter().position(|condition| condition.away.is_none()) else { return Ok(()) };
+    ensure!(
+        args.sampler.guidance.is_some() || conditions.iter().all(|condition| condition.away.is_none()),
+        "condition {} has no negative, and the model was trained without --cond-dropout, so guidance has nothing to \
+         lead away from there; --negative is for all that have none of their own",
+        lacking + 1
+    );
+    args.sampler.without_guide(sampler).iter().for_each(|text| ranks.say(text));
+    Ok(())
 }
 
 /// Whether the condition model is asked for anything. A model of features has it invent what has given tags.

@@ -1,14 +1,14 @@
 //! `edm2k train`: train, fine-tune, resume.
 
 mod plan;
+mod progress;
 
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
 
 use super::ranks::{self, Ranks};
-use super::say::{above, note, results};
+use super::say::results;
 use super::signals::Requests;
 use super::{DeviceArgs, Ended};
 use edm2k::Device;
@@ -23,9 +23,10 @@ use edm2k::pipeline::{Domain, Mismatch, Viewer};
 use edm2k::train::checkpoint::Checkpoint;
 use edm2k::train::grid::Show;
 use edm2k::train::{
-    DataIdentity, Event, Execution, Outcome, Schedule, Settings, Splits, State, Training, checkpoint, memory, meta_of,
+    DataIdentity, Execution, Outcome, Schedule, Settings, Splits, State, Training, checkpoint, memory, meta_of,
 };
 use plan::{Fit, describe, fitting, plan_on_gpu};
+use progress::Progress;
 
 /// Train a network, or go on with a run.
 #[derive(clap::Args)]
@@ -200,8 +201,8 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
     let doubts = [Some(&data), validation.as_ref()].into_iter().flatten().filter_map(Dataset::doubt);
     notes.extend(doubts.map(|doubt| format!("warning: {doubt}")));
     if args.dry_run {
+        notes.iter().for_each(|note| ranks.say(note));
         if ranks.first() {
-            notes.iter().for_each(|note| note!("{note}"));
             results(&describe(&settings, &execution, &model, &device, args.device.math())?);
         }
         return Ok(Outcome::Finished);
@@ -209,60 +210,28 @@ fn train(args: &TrainArgs, requests: &Requests, ranks: &mut Ranks) -> anyhow::Re
 
     notes.extend(warning.map(|warning| format!("warning: --vae {warning}")));
     ranks.connect(&device)?;
-    let terminal = std::io::stderr().is_terminal();
-    // Rank 0 speaks for all, unless another rank has something of its own to say.
-    let rank = ranks.met().rank();
-    let bar = ranks.bar(settings.duration, "{human_pos} of {human_len} images, {eta} left, {msg}");
-    if rank > 0 {
-        notes.clear();
-    }
-    notes.iter().for_each(|note| above(&bar, note));
-    let (mut seen, mut saved) = (None, false);
-    let say = |text: &str| if rank > 0 { note!("rank {rank}: {text}") } else { above(&bar, text) };
-    let mut show = |event: Event| match event {
-        Event::Note(text) => say(&text),
-        Event::Warning(text) => say(&format!("warning: {text}")),
-        Event::Fewer(text) => say(&format!("warning: {text}; --batch-gpu sets how many")),
-        Event::Saved(path) => {
-            saved = true;
-            above(&bar, &format!("wrote {}", path.display()));
-        }
-        Event::Step(nimg) => {
-            if seen.is_none() {
-                // What was done before the restart says nothing about the time that is left.
-                bar.set_position(nimg);
-                bar.reset_eta();
-            }
-            seen = Some(nimg);
-            bar.set_position(nimg);
-        }
-        Event::Status(s) => {
-            let left = (settings.duration.saturating_sub(s.nimg)) as f64 / s.images_per_s.max(1e-9);
-            let text = format!(
-                "loss {:.4}, lr {:.2e}, gradient {:.3}, {:.1} images/s",
-                s.loss, s.lr, s.grad_norm, s.images_per_s
-            );
-            if terminal {
-                bar.set_message(text);
-            } else {
-                let left = indicatif::HumanDuration(std::time::Duration::from_secs_f64(left.min(1e9)));
-                note!("{} of {} images, {text}, {left} left", s.nimg, settings.duration);
-            }
-        }
-        _ => {}
-    };
-    let splits = Splits { train: &data, validation: validation.as_ref() };
+    notes.iter().for_each(|note| ranks.say(note));
+    let mut progress = Progress::new(ranks, settings.duration);
     requests.begin();
-    let stop = &requests.stop;
     let mut picture = viewer.as_mut().map(|viewer| |size, image: &[f32]| viewer.picture(size, image));
-    let pictures = picture.as_mut().map(|picture| picture as &mut Show);
-    let (settings, execution, event, ranks) = (&settings, &execution, &mut show, ranks.met());
-    let training = Training { model, settings, execution, splits, show: pictures, stop, event, ranks };
+    let training = Training {
+        model,
+        settings: &settings,
+        execution: &execution,
+        splits: Splits { train: &data, validation: validation.as_ref() },
+        show: picture.as_mut().map(|picture| picture as &mut Show),
+        stop: &requests.stop,
+        event: &mut |event| progress.show(event),
+        ranks: ranks.met(),
+    };
     let outcome = training.run(&device);
-    bar.finish_and_clear();
-    let outcome = if saved { outcome.context("training stopped; what was saved is whole")? } else { outcome? };
-    if outcome == Outcome::Stopped && rank == 0 {
-        note!("stopped after {} images; the same command again goes on from there", seen.unwrap_or(0));
+    progress.end();
+    let outcome = if progress.saved { outcome.context("training stopped; what was saved is whole")? } else { outcome? };
+    if outcome == Outcome::Stopped {
+        ranks.say(&format!(
+            "stopped after {} images; the same command again goes on from there",
+            progress.seen.unwrap_or(0)
+        ));
     }
     Ok(outcome)
 }
@@ -393,18 +362,7 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     }
     let settings = settings(args, data, config, preset.as_ref(), start)?;
     settings.validate()?;
-    if settings.config.label_dim == 0 && settings.cond_dropout > 0.0 {
-        notes.push("warning: --cond-dropout drops nothing, since the network takes no conditions".to_owned());
-    }
-    if settings.config.label_dim > 0 && settings.cond_dropout == 1.0 && settings.cond_dropout_from == 0 {
-        notes.push("warning: --cond-dropout 1 drops every condition, so the model learns none".to_owned());
-    }
-    if settings.config.label_dim > 0 && settings.cond_dropout_of(settings.duration.saturating_sub(1)) == 0.0 {
-        notes.push(
-            "every image keeps its condition, so the model can be drawn from without guidance only (--cond-dropout)"
-                .to_owned(),
-        );
-    }
+    notes.extend(of_conditions(&settings).map(str::to_owned));
 
     let recipe = preset.as_ref().and_then(|preset| preset.recipe);
     let mut execution = execution(args, &settings, device, recipe)?;
@@ -431,6 +389,22 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     }
     execution.validate()?;
     Ok(Resolved { settings, execution, model, notes })
+}
+
+/// What to say of how a run deals with conditions.
+fn of_conditions(settings: &Settings) -> Option<&'static str> {
+    let drops_all = settings.cond_dropout == 1.0 && settings.cond_dropout_from == 0;
+    match settings.config.label_dim {
+        0 if settings.cond_dropout > 0.0 => {
+            Some("warning: --cond-dropout drops nothing, since the network takes no conditions")
+        }
+        0 => None,
+        _ if drops_all => Some("warning: --cond-dropout 1 drops every condition, so the model learns none"),
+        _ if settings.cond_dropout_of(settings.duration.saturating_sub(1)) == 0.0 => Some(
+            "every image keeps its condition, so the model can be drawn from without guidance only (--cond-dropout)",
+        ),
+        _ => None,
+    }
 }
 
 /// How many parameters that start afresh are named.
