@@ -76,7 +76,7 @@ impl Window {
 
 /// What happens to the input of a convolution as it is read. The zeros around the image stay zeros.
 #[derive(Debug)]
-pub enum Before<'a, T> {
+pub enum Prologue<'a, T> {
     /// Nothing.
     Nothing,
     /// x * scale + shift, with scale and shift of each image and channel: [n, 1, 2, c].
@@ -87,24 +87,24 @@ pub enum Before<'a, T> {
     SoftClip,
 }
 
-impl<T> Clone for Before<'_, T> {
+impl<T> Clone for Prologue<'_, T> {
     fn clone(&self) -> Self {
         *self
     }
 }
 
-impl<T> Copy for Before<'_, T> {}
+impl<T> Copy for Prologue<'_, T> {}
 
 /// What happens to the result of a convolution and its bias: residual + y, then max(0, y).
 #[derive(Debug)]
-pub struct After<T> {
+pub struct Epilogue<T> {
     /// What is added to y. The result may be written over it.
     pub residual: Option<T>,
     /// Whether negative values become zero.
     pub relu: bool,
 }
 
-impl<T> After<T> {
+impl<T> Epilogue<T> {
     /// Nothing.
     pub const NOTHING: Self = Self { residual: None, relu: false };
     /// max(0, y).
@@ -128,8 +128,8 @@ pub trait CodecBackend: Backend {
         &mut self,
         conv: &Self::Conv,
         x: &Self::Tensor,
-        before: Before<Self::Tensor>,
-        after: After<Self::Tensor>,
+        prologue: Prologue<Self::Tensor>,
+        epilogue: Epilogue<Self::Tensor>,
     ) -> Self::Tensor;
     /// Group norm, as a scale and a shift for each image and channel, [n, 1, 2, c]. They make the mean over the image
     /// and the group's channels 0 and the variance (plus eps) 1, and then apply the weight and the bias in `affine`

@@ -100,16 +100,7 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         }
         plot => plot.map(claimed).transpose()?,
     };
-    let model = Model::load(&args.model).context("--model")?;
-    model.doubts.iter().for_each(|doubt| ranks.warn(&format!("--model {doubt}")));
-    let data = Dataset::open(&args.data, args.split).context("--data")?;
-    data.doubt().iter().for_each(|doubt| ranks.warn(doubt));
-    let (config, dir) = (&model.net.config, args.data.display());
-    let (theirs, ours) = (Domain::of_dataset(&data), Domain::of_model(config, &model.meta));
-    theirs.check_given(&dir, &ours, args.model.display())?;
-    let unknown = theirs.doubt(&dir, &ours, args.model.display()).filter(|_| !learned_from(&model.meta, &args.data));
-    unknown.iter().for_each(|warning| ranks.warn(warning));
-    config.check_sizes(&data.sizes()).with_context(|| dir.to_string())?;
+    let (model, data) = opened(args, ranks)?;
     let images = data.len().min(args.images as usize);
     let batch = usize::from(args.batch);
 
@@ -132,53 +123,17 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         }
         None => None,
     };
-    check_forward(&device, config, largest, images.min(batch), 1)?;
+    check_forward(&device, &model.net.config, largest, images.min(batch), 1)?;
     let found = noisy.losses(&device, &model, own, batch, &mut |n| bar.inc(n))?;
     bar.finish_and_clear();
     let found = match &args.outdir {
-        None => noisy.gathered(&found, ranks.met())?,
-        Some(dir) => {
-            let alone = alone_in(dir)?;
-            keep(&losses_of(dir, part), &found, &given).context("--outdir")?;
-            let all = of_all_parts(dir, part.of, &noisy, &given);
-            drop(alone);
-            match all {
-                Ok(all) => all,
-                Err(missing) => {
-                    let (own, all, dir) = (found.len(), images * SIGMAS.len(), dir.display());
-                    let said =
-                        format!("{own} noisy images of {all}: {dir}. Still missing: part {}", missing.join(", "));
-                    if args.json {
-                        note!("{said}");
-                    } else {
-                        out!("{said}");
-                    }
-                    return Ok(());
-                }
-            }
-        }
+        None => Some(noisy.gathered(&found, ranks.met())?),
+        Some(dir) => joined(args, dir, part, &found, &noisy, &given)?,
     };
-    if !ranks.first() {
-        return Ok(());
-    }
+    // Another rank or part prints.
+    let Some(found) = found.filter(|_| ranks.first()) else { return Ok(()) };
     let levels = noisy.means(&found);
-
-    if args.json {
-        let level = |(sigma, level): (&f64, &LevelLoss)| {
-            let LevelLoss { loss, error, logvar } = level;
-            json!({"sigma": sigma, "loss": loss, "error": error, "logvar": logvar})
-        };
-        let levels: Vec<_> = SIGMAS.iter().zip(&levels).map(level).collect();
-        let (model, split) = (args.model.display().to_string(), args.split.to_string());
-        let all = json!({"model": model, "data": dir.to_string(), "split": split, "images": images, "levels": levels});
-        out!("{all}");
-    } else {
-        out!("{images} images of the {} split", args.split);
-        out!("{:>8} {:>10} {:>10} {:>10}", "sigma", "loss", "error", "logvar");
-        for (sigma, LevelLoss { loss, error, logvar }) in SIGMAS.iter().zip(&levels) {
-            out!("{sigma:>8} {loss:>10.5} {error:>10.5} {logvar:>10.5}");
-        }
-    }
+    print(args, images, &levels);
     if let Some(path) = plot {
         let svg = draw(&levels).map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
         if args.part.is_some() && !args.overwrite && path.symlink_metadata().is_ok() {
@@ -189,6 +144,68 @@ fn eval(args: &EvalArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         write_atomically(path, |out| out.write_all(svg.as_bytes())).with_context(|| path.display().to_string())?;
     }
     Ok(())
+}
+
+/// The model and the images, which must go together.
+fn opened(args: &EvalArgs, ranks: &Ranks) -> anyhow::Result<(Model, Dataset)> {
+    let model = Model::load(&args.model).context("--model")?;
+    model.doubts.iter().for_each(|doubt| ranks.warn(&format!("--model {doubt}")));
+    let data = Dataset::open(&args.data, args.split).context("--data")?;
+    data.doubt().iter().for_each(|doubt| ranks.warn(doubt));
+    let (config, dir) = (&model.net.config, args.data.display());
+    let (theirs, ours) = (Domain::of_dataset(&data), Domain::of_model(config, &model.meta));
+    theirs.check_given(&dir, &ours, args.model.display())?;
+    let unknown = theirs.doubt(&dir, &ours, args.model.display()).filter(|_| !learned_from(&model.meta, &args.data));
+    unknown.iter().for_each(|warning| ranks.warn(warning));
+    config.check_sizes(&data.sizes()).with_context(|| dir.to_string())?;
+    Ok((model, data))
+}
+
+/// Leaves what a part has found in a directory; and what all parts have, once they are there. Says which are missing.
+fn joined(
+    args: &EvalArgs,
+    dir: &Path,
+    part: Part,
+    found: &[LevelLoss],
+    noisy: &Noisy,
+    given: &Value,
+) -> anyhow::Result<Option<Vec<LevelLoss>>> {
+    let alone = alone_in(dir)?;
+    keep(&losses_of(dir, part), found, given).context("--outdir")?;
+    let all = of_all_parts(dir, part.of, noisy, given);
+    drop(alone);
+    let missing = match all {
+        Ok(all) => return Ok(Some(all)),
+        Err(missing) => missing.join(", "),
+    };
+    let (own, all, dir) = (found.len(), noisy.of(Part::WHOLE).len(), dir.display());
+    let said = format!("{own} noisy images of {all}: {dir}. Still missing: part {missing}");
+    if args.json {
+        note!("{said}");
+    } else {
+        out!("{said}");
+    }
+    Ok(None)
+}
+
+/// Prints the losses to stdout.
+fn print(args: &EvalArgs, images: usize, levels: &[LevelLoss]) {
+    if args.json {
+        let level = |(sigma, level): (&f64, &LevelLoss)| {
+            let LevelLoss { loss, error, logvar } = level;
+            json!({"sigma": sigma, "loss": loss, "error": error, "logvar": logvar})
+        };
+        let levels: Vec<_> = SIGMAS.iter().zip(levels).map(level).collect();
+        let [model, data] = [&args.model, &args.data].map(|path| path.display().to_string());
+        let split = args.split.to_string();
+        out!("{}", json!({"model": model, "data": data, "split": split, "images": images, "levels": levels}));
+        return;
+    }
+    out!("{images} images of the {} split", args.split);
+    out!("{:>8} {:>10} {:>10} {:>10}", "sigma", "loss", "error", "logvar");
+    for (sigma, LevelLoss { loss, error, logvar }) in SIGMAS.iter().zip(levels) {
+        out!("{sigma:>8} {loss:>10.5} {error:>10.5} {logvar:>10.5}");
+    }
 }
 
 /// Has parts that end together leave what they have found one after the other, so that only the last one finds all.

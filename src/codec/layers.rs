@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::CodecError;
-use crate::backend::codec::{After, Before, CodecBackend, Reach};
+use crate::backend::codec::{CodecBackend, Epilogue, Prologue, Reach};
 use crate::formats::safetensors::SafeFile;
 
 /// GroupNorm's groups, of every SD-VAE.
@@ -182,15 +182,15 @@ impl<B: CodecBackend> Weights<B> {
         b: &mut B,
         ConvId(id): ConvId,
         x: &B::Tensor,
-        before: Before<B::Tensor>,
-        after: After<B::Tensor>,
+        prologue: Prologue<B::Tensor>,
+        epilogue: Epilogue<B::Tensor>,
     ) -> B::Tensor {
-        b.convolve(&self.convs[id], x, before, after)
+        b.convolve(&self.convs[id], x, prologue, epilogue)
     }
 
     /// A convolution of x as it is, with nothing after it.
     pub fn conv_alone(&self, b: &mut B, id: ConvId, x: &B::Tensor) -> B::Tensor {
-        self.conv(b, id, x, Before::Nothing, After::NOTHING)
+        self.conv(b, id, x, Prologue::Nothing, Epilogue::NOTHING)
     }
 
     /// Scale and shift of a group norm of x.
@@ -205,10 +205,10 @@ impl<B: CodecBackend> Weights<B> {
         norm: NormId,
         conv: ConvId,
         x: &B::Tensor,
-        after: After<B::Tensor>,
+        epilogue: Epilogue<B::Tensor>,
     ) -> B::Tensor {
         let affine = self.norm(b, norm, x);
-        self.conv(b, conv, x, Before::AffineSilu(&affine), after)
+        self.conv(b, conv, x, Prologue::AffineSilu(&affine), epilogue)
     }
 }
 

@@ -15,7 +15,7 @@
 
 use super::CodecError;
 use super::layers::{ConvId, GROUPS, Layers, NormId, Weights, count};
-use crate::backend::codec::{After, Before, CodecBackend, Reach};
+use crate::backend::codec::{CodecBackend, Epilogue, Prologue, Reach};
 use crate::formats::safetensors::SafeFile;
 
 /// Channels of an image.
@@ -175,12 +175,12 @@ impl Resnet {
 
     /// Takes ownership of `x`, so that its memory is freed, or overwritten with the result, as early as possible.
     fn forward<B: CodecBackend>(&self, b: &mut B, w: &Weights<B>, x: B::Tensor) -> B::Tensor {
-        let h = w.norm_silu_conv(b, self.norm1, self.conv1, &x, After::NOTHING);
+        let h = w.norm_silu_conv(b, self.norm1, self.conv1, &x, Epilogue::NOTHING);
         let residual = match self.shortcut {
             Some(shortcut) => w.conv_alone(b, shortcut, &x),
             None => x,
         };
-        w.norm_silu_conv(b, self.norm2, self.conv2, &h, After::add(residual))
+        w.norm_silu_conv(b, self.norm2, self.conv2, &h, Epilogue::add(residual))
     }
 
     fn macs(&self, t: &Layers, pixels: u64) -> u64 {
@@ -215,10 +215,10 @@ impl Middle {
     fn forward<B: CodecBackend>(&self, b: &mut B, w: &Weights<B>, x: B::Tensor) -> B::Tensor {
         let x = self.resnets[0].forward(b, w, x);
         let affine = w.norm(b, self.norm, &x);
-        let qkv = w.conv(b, self.qkv, &x, Before::Affine(&affine), After::NOTHING);
+        let qkv = w.conv(b, self.qkv, &x, Prologue::Affine(&affine), Epilogue::NOTHING);
         let y = b.self_attention(&qkv);
         drop(qkv);
-        let x = w.conv(b, self.proj, &y, Before::Nothing, After::add(x));
+        let x = w.conv(b, self.proj, &y, Prologue::Nothing, Epilogue::add(x));
         self.resnets[1].forward(b, w, x)
     }
 
@@ -291,7 +291,7 @@ impl Encoder {
             x = level.forward(b, w, x);
         }
         let x = self.middle.forward(b, w, x);
-        let out = w.norm_silu_conv(b, self.norm_out, self.conv_out, &x, After::NOTHING);
+        let out = w.norm_silu_conv(b, self.norm_out, self.conv_out, &x, Epilogue::NOTHING);
         let moments = w.conv_alone(b, self.quant, &out);
         b.trim();
         [out, moments]
@@ -341,7 +341,7 @@ impl Decoder {
         for level in &self.levels {
             x = level.forward(b, w, x);
         }
-        let image = w.norm_silu_conv(b, self.norm_out, self.conv_out, &x, After::NOTHING);
+        let image = w.norm_silu_conv(b, self.norm_out, self.conv_out, &x, Epilogue::NOTHING);
         drop(x);
         b.trim();
         image

@@ -12,7 +12,7 @@
 
 use super::layers::{ConvId, Layers, Weights};
 use super::sd_vae::LATENTS;
-use crate::backend::codec::{After, Before, CodecBackend, Reach};
+use crate::backend::codec::{CodecBackend, Epilogue, Prologue, Reach};
 
 const PIXELS: usize = 3;
 
@@ -27,9 +27,9 @@ impl Block {
     }
 
     fn forward<B: CodecBackend>(&self, b: &mut B, w: &Weights<B>, x: B::Tensor) -> B::Tensor {
-        let y = w.conv(b, self.0[0], &x, Before::Nothing, After::RELU);
-        let y = w.conv(b, self.0[1], &y, Before::Nothing, After::RELU);
-        w.conv(b, self.0[2], &y, Before::Nothing, After { residual: Some(x), relu: true })
+        let y = w.conv(b, self.0[0], &x, Prologue::Nothing, Epilogue::RELU);
+        let y = w.conv(b, self.0[1], &y, Prologue::Nothing, Epilogue::RELU);
+        w.conv(b, self.0[2], &y, Prologue::Nothing, Epilogue { residual: Some(x), relu: true })
     }
 }
 
@@ -74,7 +74,7 @@ impl Encoder {
     pub fn forward<B: CodecBackend>(&self, b: &mut B, w: &Weights<B>, x: &B::Tensor) -> B::Tensor {
         let n = b.shape(x)[0];
         let half = b.upload([n, 1, 2, PIXELS], &vec![0.5; n * 2 * PIXELS]);
-        let x = w.conv(b, self.conv_in, x, Before::Affine(&half), After::NOTHING);
+        let x = w.conv(b, self.conv_in, x, Prologue::Affine(&half), Epilogue::NOTHING);
         let x = self.first.forward(b, w, x);
         let x = self.levels.iter().fold(x, |x, level| level.forward(b, w, &x));
         let latents = w.conv_alone(b, self.conv_out, &x);
@@ -109,7 +109,7 @@ impl Decoder {
 
     /// Latents [n, h, w, 4] to pixels [n, 8 h, 8 w, 3] in [0, 1], about.
     pub fn forward<B: CodecBackend>(&self, b: &mut B, w: &Weights<B>, z: &B::Tensor) -> B::Tensor {
-        let x = w.conv(b, self.conv_in, z, Before::SoftClip, After::RELU);
+        let x = w.conv(b, self.conv_in, z, Prologue::SoftClip, Epilogue::RELU);
         let x = self.blocks.iter().fold(x, |x, block| block.forward(b, w, x));
         let x = self.levels.iter().fold(x, |x, level| level.forward(b, w, &x));
         let image = w.conv_alone(b, self.conv_out, &x);

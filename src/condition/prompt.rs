@@ -7,11 +7,12 @@
 //! underscores is looked for with spaces, and the other way round. If a tag has two weights, the larger one counts.
 //!
 //! A condition has norm 1 whatever the weights are. They say which of its tags count more, so the weight of a single
-//! tag has no effect.
+//! tag has no effect. No weight, and no product of nested ones, may be above 10.
 
 use std::borrow::Cow;
 use std::cmp::Ordering;
 
+use super::unit_norm;
 use super::vocabulary::{Vocabulary, VocabularyError};
 
 /// Largest weight.
@@ -65,11 +66,6 @@ impl Prompt {
         let lacks = |tag: &u32| self.0.binary_search_by_key(tag, |(own, _)| *own).is_err();
         Self::new(others.iter().filter(|tag| lacks(tag)).map(|&tag| (tag, 1.0)).chain(self.0.iter().copied()).collect())
     }
-
-    /// L2 norm of the weights.
-    pub fn norm(&self) -> f32 {
-        self.0.iter().map(|(_, weight)| weight * weight).sum::<f32>().sqrt()
-    }
 }
 
 impl Vocabulary {
@@ -96,10 +92,12 @@ impl Vocabulary {
     /// # Panics
     /// If a place is not below [`Vocabulary::len`].
     pub fn condition(&self, prompt: &Prompt) -> Vec<f32> {
-        let (mut condition, norm) = (vec![0.0; self.len()], prompt.norm());
+        let mut condition = vec![0.0; self.len()];
         for &(place, weight) in prompt.tags() {
-            condition[place as usize] = weight / norm;
+            condition[place as usize] = weight;
         }
+        // Without tags it stays zero.
+        let _ = unit_norm(&mut condition);
         condition
     }
 
@@ -175,10 +173,15 @@ fn parse(vocabulary: &Vocabulary, text: &str) -> Result<Prompt, VocabularyError>
             let matching = if bracket == ')' { '(' } else { '[' };
             let (_, first) = open.pop().filter(|(opened, _)| *opened == matching).ok_or(unbalanced(bracket))?;
             let weight = weight.unwrap_or(if bracket == ')' { EMPHASIS } else { 1.0 / EMPHASIS });
-            if !(0.0..=MAX_WEIGHT).contains(&weight) {
-                return Err(VocabularyError::Weight { weight, most: MAX_WEIGHT, part: part.into() });
+            let check = |weight: f32| match (0.0..=MAX_WEIGHT).contains(&weight) {
+                true => Ok(()),
+                false => Err(VocabularyError::Weight { weight, most: MAX_WEIGHT, part: part.into() }),
+            };
+            check(weight)?;
+            for (_, product) in &mut tags[first..] {
+                *product *= weight;
+                check(*product)?;
             }
-            tags[first..].iter_mut().for_each(|(_, w)| *w *= weight);
         }
     }
     match open.pop() {
@@ -319,6 +322,9 @@ mod tests {
         assert_eq!(wrong("(smile]"), "the bracket ] has no partner in \"(smile]\"");
         assert_eq!(wrong("(smile:-1)"), "weight -1 in \"(smile:-1)\", expected 0 to 10");
         assert_eq!(wrong("(smile:NaN)"), "weight NaN in \"(smile:NaN)\", expected 0 to 10");
+        // What nested weights multiply to is bounded too, as a prompt's text says that.
+        assert_eq!(wrong("((smile:4):4)"), "weight 16 in \"((smile:4):4)\", expected 0 to 10");
+        assert_eq!(wrong("((smile:8), a:2)"), "weight 16 in \"a:2)\", expected 0 to 10");
     }
 
     #[test]
@@ -370,5 +376,10 @@ mod tests {
         assert_eq!(condition[..3], [0.6, 0.8, 0.0]);
         assert_eq!(known.condition(&Prompt::of(&[0, 5])), known.multi_hot(&[5, 0, 5]));
         assert_eq!(known.condition(&Prompt::default()), vec![0.0; known.len()]);
+        // However small they are.
+        for weight in ["1e-20", "1e-38", "1e-45"] {
+            let prompt = known.parse(&format!("(blue hair:{weight}), (smile:{weight})")).unwrap();
+            assert_eq!(known.condition(&prompt), known.multi_hot(&[0, 1]), "{weight}");
+        }
     }
 }

@@ -57,10 +57,29 @@ impl AtomicFile {
     ///
     /// # Errors
     /// Whatever writing, syncing or renaming reports; then the path is untouched.
-    pub fn commit(mut self) -> io::Result<()> {
+    pub fn commit(self) -> io::Result<()> {
+        self.put(|temporary, path| fs::rename(temporary, path))
+    }
+
+    /// Puts the file in its place, unless there is something by now. A file system without hard links cannot do both at
+    /// once, so there what somebody writes at that very moment is replaced.
+    ///
+    /// # Errors
+    /// As [`commit`](Self::commit); [`io::ErrorKind::AlreadyExists`].
+    pub fn commit_new(self) -> io::Result<()> {
+        self.put(|temporary, path| match fs::hard_link(temporary, path) {
+            Err(why) if why.kind() != io::ErrorKind::AlreadyExists && path.symlink_metadata().is_err() => {
+                fs::rename(temporary, path)
+            }
+            // The other name goes.
+            linked => linked.map(|()| drop(fs::remove_file(temporary))),
+        })
+    }
+
+    fn put(mut self, place: impl FnOnce(&Path, &Path) -> io::Result<()>) -> io::Result<()> {
         self.writer.flush()?;
         self.writer.get_ref().sync_all()?;
-        fs::rename(&self.temporary, &self.path)?;
+        place(&self.temporary, &self.path)?;
         self.committed = true;
         // Without this the rename itself may be lost with the power. Some file systems
         // cannot sync a directory; the file's content is safe either way.
@@ -89,6 +108,16 @@ pub fn write_atomically(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> 
     let mut file = AtomicFile::create(path)?;
     fill(file.writer())?;
     file.commit()
+}
+
+/// As [`write_atomically`], unless there is something by then ([`AtomicFile::commit_new`]).
+///
+/// # Errors
+/// As there; [`io::ErrorKind::AlreadyExists`].
+pub fn write_new(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<()> {
+    let mut file = AtomicFile::create(path)?;
+    fill(file.writer())?;
+    file.commit_new()
 }
 
 /// The right to write a file, held from before the work that makes it until it is written. So it is known early that

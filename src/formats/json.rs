@@ -162,6 +162,11 @@ fn plain(error: &serde_json::Error) -> String {
             return format!("{what}expected {plain}");
         }
     }
+    for several in ["expected a tuple of size ", "expected an array of length "] {
+        if let Some((what, count)) = text.rsplit_once(several) {
+            return format!("{what}expected a list of {count}");
+        }
+    }
     match text.rsplit_once("expected struct ") {
         Some((what, _)) => format!("{what}expected an object"),
         None => text,
@@ -204,6 +209,10 @@ mod tests {
         ] {
             assert_eq!(read::<Thing>(json).unwrap_err().to_string(), expected, "{json}");
         }
+        assert_eq!(
+            read::<(f64, f64)>("[1]").unwrap_err().to_string(),
+            "invalid length 1, expected a list of 2 at column 3"
+        );
         assert_eq!(read::<Vec<u64>>("[1").unwrap_err().to_string(), "EOF while parsing a list at column 2");
         assert_eq!(read::<Thing>(r#"{"size""#).unwrap_err().to_string(), "EOF while parsing an object at column 7");
     }

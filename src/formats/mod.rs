@@ -19,7 +19,7 @@ pub mod torch;
 pub mod weights;
 pub mod zip;
 
-pub use atomic::{AtomicFile, Claim, DirLock, LockError, write_atomically};
+pub use atomic::{AtomicFile, Claim, DirLock, LockError, write_atomically, write_new};
 
 /// What the system says of a file or a directory.
 #[derive(Debug, thiserror::Error)]

@@ -176,7 +176,7 @@ impl SafeFile {
         }
         let (header, data) = rest.split_at(header_length as usize);
         let SafeHeader { metadata, tensors } =
-            serde_json::from_slice(header).map_err(|error| malformed(format!("its header: {error}")))?;
+            super::json::read(header).map_err(|error| malformed(format!("its header: {error}")))?;
         for (name, info) in &tensors {
             let wrong = |what: String| SafeError::Tensor { path: path.clone(), name: name.clone(), what };
             let (begin, end) = info.data_offsets;

@@ -32,12 +32,24 @@ pub enum PictureError {
     Kind(&'static str),
     #[error("{width}x{height} is more than {} pixels", decode::MAX_PIXELS)]
     TooLarge { width: u32, height: u32 },
-    #[error("{0}")]
+    #[error("{}", plain(&.0.to_string()))]
     Damaged(#[from] image::ImageError),
     #[error("a JPEG that is not whole: {0}")]
     NotWhole(String),
     #[error("cannot be resized: {0}")]
     Resize(#[from] resize::Error),
+}
+
+/// A decoder's message in one line, without the names of Rust's types.
+fn plain(message: &str) -> String {
+    let mut text = message.replace("\\n", " ").split_whitespace().collect::<Vec<_>>().join(" ");
+    // A chunk of a PNG file.
+    while let Some((before, (chunk, after))) =
+        text.split_once("ChunkType { type: ").and_then(|(before, rest)| Some((before, rest.split_once(" }")?)))
+    {
+        text = format!("{before}{}{after}", chunk.split(',').next().unwrap_or_default());
+    }
+    text
 }
 
 /// Pixels between the cells of a grid and around it.

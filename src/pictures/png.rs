@@ -17,8 +17,8 @@
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use super::Picture;
-use crate::formats::{At, FileError, input, write_atomically};
+use super::{Picture, plain};
+use crate::formats::{At, FileError, input, write_atomically, write_new};
 
 /// The keyword under which AUTOMATIC1111's web UI, and the viewers and galleries that know it, look for parameters. Some of
 /// them know tEXt alone.
@@ -54,6 +54,14 @@ impl Picture {
     /// that PNG does not allow, is one too.
     pub fn save(&self, path: &Path, text: &[(&str, &str)]) -> Result<(), PngError> {
         Ok(write_atomically(path, |out| self.encode(out, text)).at(path)?)
+    }
+
+    /// As [`Picture::save`], unless there is something at `path` by then.
+    ///
+    /// # Errors
+    /// As there; [`PngError::Io`] of [`io::ErrorKind::AlreadyExists`].
+    pub fn save_new(&self, path: &Path, text: &[(&str, &str)]) -> Result<(), PngError> {
+        Ok(write_new(path, |out| self.encode(out, text)).at(path)?)
     }
 
     fn encode(&self, out: impl Write, text: &[(&str, &str)]) -> io::Result<()> {
@@ -100,7 +108,7 @@ const MAX_TEXT: usize = 1 << 20;
 /// [`PngError::Io`] if the file cannot be opened, [`PngError::Format`] if it is no PNG.
 pub fn read_text(path: &Path) -> Result<Vec<(String, String)>, PngError> {
     let file = input::open(path).at(path)?;
-    let format = |error: png::DecodingError| PngError::Format { path: path.into(), what: error.to_string() };
+    let format = |error: png::DecodingError| PngError::Format { path: path.into(), what: plain(&error.to_string()) };
     let reader = png::Decoder::new(BufReader::new(file)).read_info().map_err(format)?;
     let info = reader.info();
     let mut found = Vec::new();

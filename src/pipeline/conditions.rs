@@ -76,11 +76,14 @@ impl Condition {
     /// [`ConditionError::Nothing`] if the sum is zero; [`ConditionError::Mismatch`] if they are not equally wide.
     pub fn mix(parts: &[(Self, f64)]) -> Result<Self> {
         let Some((first, _)) = parts.first() else { return Err(ConditionError::Nothing) };
-        let mut values = vec![0.0; first.values.len()];
+        let mut sums = vec![0.0; first.values.len()];
+        // Only the ratio of the weights counts, so they may be of any size.
+        let largest = parts.iter().map(|(_, weight)| weight.abs()).fold(0.0, f64::max);
         for (part, weight) in parts {
             part.as_wide_as(first)?;
-            values.iter_mut().zip(&part.values).for_each(|(sum, x)| *sum += *weight as f32 * x);
+            sums.iter_mut().zip(&part.values).for_each(|(sum, &x)| *sum += weight / largest * f64::from(x));
         }
+        let mut values: Vec<f32> = sums.into_iter().map(|sum| sum as f32).collect();
         if !unit_norm(&mut values) {
             return Err(ConditionError::Nothing);
         }

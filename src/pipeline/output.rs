@@ -160,11 +160,18 @@ impl OutDir {
     pub fn save(&self, image: &Image, steps: &[Picture]) -> Result<()> {
         let (about, own) = (image.about.to_string(), &self.names[image.number]);
         let save = |picture: &Picture, name: String, infotext: Option<&str>| {
-            let path = self.dir.join(name);
-            if !self.overwrite && path.symlink_metadata().is_ok() {
-                return compared(&path, &image.about).map_err(|_| OutputError::Meanwhile { path });
+            let (path, text) = (self.dir.join(name), text_of(&about, infotext));
+            if self.overwrite {
+                return Ok(picture.save(&path, &text)?);
             }
-            Ok(picture.save(&path, &text_of(&about, infotext))?)
+            if path.symlink_metadata().is_err() {
+                match picture.save_new(&path, &text) {
+                    // Another process was faster.
+                    Err(PngError::Io(why)) if why.cause.kind() == io::ErrorKind::AlreadyExists => {}
+                    saved => return Ok(saved?),
+                }
+            }
+            compared(&path, &image.about).map_err(|_| OutputError::Meanwhile { path })
         };
         if self.overwrite {
             // Those that are there are of another picture.

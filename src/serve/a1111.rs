@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Json;
-use axum::extract::{Query, State};
+use axum::extract::State;
 use axum::routing::{MethodRouter, get, post};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -18,7 +18,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::Server;
-use super::api::{Input, finished};
+use super::api::{Input, Query, done, ended, flag};
 use super::offers::Offer;
 use super::queue::{JobView, Stage};
 use super::refusal::Refusal;
@@ -124,7 +124,7 @@ fn solver(name: Option<&str>) -> Result<Solver, Refusal> {
 
 async fn txt2img(State(app): App, Input(asked): Input<TextToImage>) -> Result<Json<Value>, Refusal> {
     let (_, offer) = chosen(&app, asked.override_settings.sd_model_checkpoint.as_deref())?;
-    let sampler_name = asked.sampler_name.as_deref().or(asked.sampler_index.as_deref());
+    let sampler_name = asked.sampler_name.as_deref().filter(|name| !name.is_empty()).or(asked.sampler_index.as_deref());
     let images = asked.batch_size.saturating_mul(asked.n_iter);
     if !(1..=MAX_IMAGES).contains(&images) {
         return Err(Refusal::Invalid(format!("{images} images, expected 1 to {MAX_IMAGES}")));
@@ -157,16 +157,24 @@ async fn txt2img(State(app): App, Input(asked): Input<TextToImage>) -> Result<Js
         ..RequestBody::default()
     };
     let job = app.submit(wanted).await?;
-    let JobView { mut pictures, .. } = finished(&job).await?;
+    let ended = ended(&job).await?;
+    // As in that web UI, an interrupted job answers with what is done.
+    let interrupted = ended.stage == Stage::Cancelled && ended.why.as_deref() == Some(INTERRUPTED);
+    let JobView { mut pictures, .. } = if interrupted { ended } else { done(ended)? };
     pictures.sort_by_key(|made| made.index);
     let sampler = &job.request.sampler;
     let [height, width] = job.request.size.map(|side| side * offer.factor);
     let asking = |fields: &Map<String, Value>, of: &str| -> Vec<String> {
         fields.iter().filter(|(_, value)| says_something(value)).map(|(key, _)| format!("{of}{key}")).collect()
     };
-    let unused = (unguided && !asked.negative_prompt.is_empty()).then(|| "negative_prompt".to_owned());
-    let ignored = [asking(&asked.others, ""), asking(&asked.override_settings.others, "override_settings.")].concat();
-    let ignored: Vec<String> = ignored.into_iter().chain(unused).collect();
+    let mut ignored =
+        [asking(&asked.others, ""), asking(&asked.override_settings.others, "override_settings.")].concat();
+    if unguided && !asked.negative_prompt.is_empty() {
+        ignored.push("negative_prompt".into());
+    }
+    if asked.sampler_index.as_deref().is_some_and(|index| !index.is_empty() && Some(index) != sampler_name) {
+        ignored.push("sampler_index".into());
+    }
     let parameters = json!({
         "prompt": asked.prompt,
         "negative_prompt": asked.negative_prompt,
@@ -181,17 +189,17 @@ async fn txt2img(State(app): App, Input(asked): Input<TextToImage>) -> Result<Js
     });
     let info = json!({
         "prompt": asked.prompt,
-        "all_prompts": vec![&asked.prompt; images],
+        "all_prompts": vec![&asked.prompt; pictures.len()],
         "negative_prompt": asked.negative_prompt,
-        "all_negative_prompts": vec![&asked.negative_prompt; images],
+        "all_negative_prompts": vec![&asked.negative_prompt; pictures.len()],
         "seed": first,
-        "all_seeds": job.request.seeds,
+        "all_seeds": pictures.iter().map(|made| made.seed).collect::<Vec<_>>(),
         "width": width,
         "height": height,
         "sampler_name": sampler.solver.title(),
         "cfg_scale": sampler.guidance,
         "steps": sampler.steps,
-        "batch_size": images,
+        "batch_size": asked.batch_size,
         "infotexts": pictures.iter().map(|made| infotext(&made.parameters, [height, width])).collect::<Vec<_>>(),
         "sd_model_name": offer.name,
         "ignored": ignored,
@@ -214,7 +222,7 @@ fn says_something(value: &Value) -> bool {
 
 #[derive(Deserialize)]
 struct Skip {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "flag")]
     skip_current_image: bool,
 }
 
@@ -253,10 +261,13 @@ async fn progress(State(app): App, Query(Skip { skip_current_image }): Query<Ski
     }))
 }
 
+/// Why a job was cancelled by [`interrupt`].
+const INTERRUPTED: &str = "interrupted";
+
 /// Cancels the jobs that the device works on.
 async fn interrupt(State(app): App) -> Json<Value> {
     for job in app.queue.open().iter().filter(|job| job.peek().stage == Stage::Running) {
-        app.queue.cancel(job, "interrupted");
+        app.queue.cancel(job, INTERRUPTED);
     }
     Json(json!({}))
 }
@@ -285,10 +296,11 @@ async fn options(State(app): App) -> Result<Json<Value>, Refusal> {
     Ok(Json(json!({"sd_model_checkpoint": offer.name, "sd_checkpoint_hash": "", "samples_format": "png"})))
 }
 
-/// Chooses the model; every other option stays what it is.
+/// Chooses the model; every other option stays what it is, and is named.
 async fn set_options(State(app): App, Input(settings): Input<WebUiOptions>) -> Result<Json<Value>, Refusal> {
     if let Some(name) = settings.sd_model_checkpoint {
         app.chosen.store(chosen(&app, Some(&name))?.0, Ordering::Relaxed);
     }
-    Ok(Json(json!({})))
+    let ignored: Vec<_> = settings.others.keys().collect();
+    Ok(Json(if ignored.is_empty() { json!({}) } else { json!({"ignored": ignored}) }))
 }

@@ -1,13 +1,16 @@
 //! The API under /api/v1, as `openapi.json` describes it.
 
 use std::convert::Infallible;
+use std::error::Error;
+use std::iter::successors;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{FromRequest, Path, Query, Request as HttpRequest, State};
+use axum::extract::{self, FromRequest, FromRequestParts, Path, Request as HttpRequest, State};
 use axum::http::header::{CONTENT_TYPE, LOCATION, RETRY_AFTER, SET_COOKIE, WWW_AUTHENTICATE};
+use axum::http::request::Parts;
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -16,7 +19,7 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use futures_util::stream::{Stream, StreamExt, unfold};
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 
 use super::offers::{Offer, Tags};
@@ -98,6 +101,31 @@ impl<T: DeserializeOwned, S: Send + Sync, const MAX: usize> FromRequest<S> for I
         let text = std::str::from_utf8(&body).map_err(|_| Refusal::Invalid("the body is no text in UTF-8".into()))?;
         let read = Fields::parse(text).and_then(|fields| fields.without_nulls().read());
         read.map(Self).map_err(|error| Refusal::Invalid(error.to_string()))
+    }
+}
+
+/// What follows the question mark of an address.
+pub struct Query<T>(pub T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Refusal> {
+        let read = extract::Query::try_from_uri(&parts.uri).map(|extract::Query(read)| Self(read));
+        read.map_err(|error| {
+            // The innermost error is about the field, those around it about axum.
+            let causes = successors(Some(&error as &dyn Error), |&error| error.source());
+            Refusal::Invalid(format!("behind ?: {}", causes.last().map_or(String::new(), ToString::to_string)))
+        })
+    }
+}
+
+/// Whether a field of an address is set, as people and Python write it.
+pub fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    match String::deserialize(deserializer)?.to_lowercase().as_str() {
+        "true" | "1" => Ok(true),
+        "false" | "0" => Ok(false),
+        other => Err(serde::de::Error::custom(format!("{other:?}, expected true or false"))),
     }
 }
 
@@ -191,7 +219,14 @@ impl<'a> From<&'a Offer> for ModelView<'a> {
 }
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct OfModel {
+    model: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OfVocabulary {
     model: Option<String>,
     near: Option<String>,
 }
@@ -206,7 +241,7 @@ async fn models(State(app): App, Query(of): Query<OfModel>) -> Result<Response, 
 }
 
 /// All tags of a model, or those like a text; of a class-conditional one the classes.
-async fn vocabulary(State(app): App, Query(of): Query<OfModel>) -> Result<Response, Refusal> {
+async fn vocabulary(State(app): App, Query(of): Query<OfVocabulary>) -> Result<Response, Refusal> {
     let offer = app.offer(of.model).await?;
     let near = of.near.map(|text| text.chars().take(100).collect::<String>());
     let tags: Vec<Value> = match &offer.classes {
@@ -232,6 +267,7 @@ async fn vocabulary(State(app): App, Query(of): Query<OfModel>) -> Result<Respon
 }
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct OfText {
     model: Option<String>,
     text: String,
@@ -245,8 +281,9 @@ async fn prompt(State(app): App, Query(OfText { model, text }): Query<OfText>) -
 }
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Wait {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "flag")]
     wait: bool,
 }
 
@@ -274,20 +311,24 @@ async fn generate(
 ) -> Result<Response, Refusal> {
     let job = app.submit(wanted).await?;
     if wait {
-        return Ok(Json(shown(&finished(&job).await?, true)).into_response());
+        return Ok(Json(shown(&done(ended(&job).await?)?, true)).into_response());
     }
     let place = format!("/api/v1/jobs/{}", job.id);
     Ok((StatusCode::ACCEPTED, [(LOCATION, place)], Json(shown(&job.view(), false))).into_response())
 }
 
 /// Waits for the end of a job. Whoever stops waiting cancels it.
+pub async fn ended(job: &Job) -> Result<JobView, Refusal> {
+    let mut watcher = job.watch();
+    let view = watcher.wait_for(|view| view.stage.is_final()).await.map(|view| view.clone());
+    view.map_err(|error| Refusal::Failed(error.to_string()))
+}
+
+/// A job that has ended, with all its pictures.
 ///
 /// # Errors
 /// It failed, or was cancelled.
-pub async fn finished(job: &Job) -> Result<JobView, Refusal> {
-    let mut watcher = job.watch();
-    let view = watcher.wait_for(|view| view.stage.is_final()).await.map(|view| view.clone());
-    let view = view.map_err(|error| Refusal::Failed(error.to_string()))?;
+pub fn done(view: JobView) -> Result<JobView, Refusal> {
     let why = view.why.clone().unwrap_or_default();
     match view.stage {
         Stage::Failed => Err(Refusal::Failed(why)),
@@ -305,16 +346,17 @@ async fn jobs(State(app): App) -> Json<Vec<Value>> {
     Json(app.queue.open().iter().map(brief).collect())
 }
 
-fn find(app: &Server, id: u64) -> Result<Arc<Job>, Refusal> {
-    app.queue.job(id).ok_or_else(|| Refusal::NotFound(format!("job {id}, or no more")))
+fn find(app: &Server, id: &str) -> Result<Arc<Job>, Refusal> {
+    let found = id.parse().ok().and_then(|id| app.queue.job(id));
+    found.ok_or_else(|| Refusal::NotFound(format!("job {id}, or no more")))
 }
 
-async fn job(State(app): App, Path(id): Path<u64>) -> Answer<Value> {
-    Ok(Json(shown(&find(&app, id)?.view(), false)))
+async fn job(State(app): App, Path(id): Path<String>) -> Answer<Value> {
+    Ok(Json(shown(&find(&app, &id)?.view(), false)))
 }
 
-async fn cancel(State(app): App, Path(id): Path<u64>) -> Answer<Value> {
-    let job = find(&app, id)?;
+async fn cancel(State(app): App, Path(id): Path<String>) -> Answer<Value> {
+    let job = find(&app, &id)?;
     app.queue.cancel(&job, "on request");
     Ok(Json(shown(&job.view(), false)))
 }
@@ -322,9 +364,9 @@ async fn cancel(State(app): App, Path(id): Path<u64>) -> Answer<Value> {
 /// The state of a job, and again whenever it changes. The last event is the job's end.
 async fn events(
     State(app): App,
-    Path(id): Path<u64>,
+    Path(id): Path<String>,
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Refusal> {
-    let job = find(&app, id)?;
+    let job = find(&app, &id)?;
     job.preview();
     let mut watcher = job.watch();
     watcher.mark_changed();
@@ -345,9 +387,10 @@ async fn events(
     Ok(Sse::new(stream).keep_alive(KeepAlive::new().interval(Duration::from_secs(5))))
 }
 
-async fn picture(State(app): App, Path((id, index)): Path<(u64, usize)>) -> Result<Response, Refusal> {
-    let job = find(&app, id)?;
-    let png = job.view().pictures.iter().find(|made| made.index == index).map(|made| made.png.clone());
+async fn picture(State(app): App, Path((id, index)): Path<(String, String)>) -> Result<Response, Refusal> {
+    let job = find(&app, &id)?;
+    let number: Option<usize> = index.parse().ok();
+    let png = job.view().pictures.iter().find(|made| Some(made.index) == number).map(|made| made.png.clone());
     let png = png.ok_or_else(|| Refusal::NotFound(format!("picture {index} of job {id}")))?;
     Ok(([(CONTENT_TYPE, "image/png")], Body::from(png)).into_response())
 }
@@ -373,6 +416,7 @@ async fn run(State(app): App, Path(name): Path<String>) -> Answer<Run> {
 }
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Since {
     #[serde(default)]
     from: u64,

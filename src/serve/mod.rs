@@ -73,10 +73,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use crate::Device;
 use crate::codec::CodecError;
 use crate::condition::classes::ClassesError;
+use crate::condition::tagger::Tagger;
 use crate::condition::vae::VaeError;
 use crate::formats::fingerprint::name;
 use crate::formats::{DirLock, LockError};
 use crate::model::ModelError;
+use crate::onnx::OnnxError;
 use crate::pipeline::PipelineError;
 use crate::system;
 
@@ -187,6 +189,8 @@ pub enum ServeError {
     #[error("{0}")]
     Codec(#[from] CodecError),
     #[error("{0}")]
+    Tagger(#[from] OnnxError),
+    #[error("{0}")]
     Pipeline(#[from] PipelineError),
     #[error("the thread that speaks HTTP: {0}")]
     Http(io::Error),
@@ -263,6 +267,10 @@ pub fn serve(
     let limits = Capacity { unasked: usual.unasked.filter(|_| lock.is_none()), ..usual };
     let shelf = Shelf::new(&options.files)?;
     let offers = shelf.offers(&options.files, runs.is_some())?;
+    if let Some(path) = options.files.tagger.as_ref().filter(|_| !offers.iter().any(|offer| offer.like)) {
+        // It is for snapshots of runs, and is opened again for each of those.
+        Tagger::open(path, options.files.tagger_node.as_deref())?;
+    }
     // This comes before the models are opened, so that a taken port is known at once.
     let listen = |address: SocketAddr| {
         let listener = TcpListener::bind(address)?;
@@ -312,9 +320,10 @@ impl Drop for Closes {
     }
 }
 
-/// The highest number of a job in the names of a directory's pictures.
+/// The highest number of a job in the names of a directory's pictures. One that clients could not read as a number of
+/// JavaScript's is none of a job.
 fn last_number(dir: &Path) -> io::Result<u64> {
-    let number = |name: &String| name.strip_suffix(".png")?.split_once('-')?.0.parse().ok();
+    let number = |name: &String| name.strip_suffix(".png")?.split_once('-')?.0.parse().ok().filter(|n| *n < 1 << 53);
     Ok(crate::formats::names(dir)?.iter().filter_map(number).max().unwrap_or(0))
 }
 

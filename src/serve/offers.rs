@@ -134,6 +134,9 @@ impl Shelf {
                 Domain::of_model(config, &file.meta),
             ))
         };
+        if let Some(path) = &files.preview {
+            CodecFile::open(path)?;
+        }
         Ok(Self {
             guide: files.guide.as_ref().map(guide).transpose()?,
             class_names: files.class_names.as_deref().map(Classes::load).transpose()?.unwrap_or_default(),

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,6 +16,7 @@ use super::{Files, ServeError, Server};
 use crate::Device;
 use crate::condition::classes::ANY;
 use crate::condition::tagger::Tagger;
+use crate::formats::write_new;
 use crate::model::ImageSpace;
 use crate::pictures::{Picture, decode};
 use crate::pipeline::{self, Condition, Pipeline, PipelineError, Step, Viewer};
@@ -188,18 +190,23 @@ impl Painter {
         for image in pipeline.images(&request)?.watched(watch) {
             let image = image?;
             let (job, index) = images[image.number];
+            // It shared the batch with one that goes on.
+            if job.is_over() {
+                continue;
+            }
             let failed = |error: PipelineError| server.queue.fail(job, error.to_string());
             let Ok(png) = image.png().map_err(failed) else { continue };
+            let mut unwritten = None;
             if let Some(dir) = &self.outdir {
-                let path = dir.join(format!("{:06}-{:06}.png", job.id, image.seed));
-                if let Err(why) = crate::formats::write_atomically(&path, |out| std::io::Write::write_all(out, &png)) {
-                    say(&format!("warning: {}: {why}", path.display()));
+                let name = format!("{:06}-{:06}.png", job.id, image.seed);
+                // A file of that name is somebody else's.
+                if let Err(why) = write_new(&dir.join(&name), |out| out.write_all(&png)) {
+                    say(&format!("warning: {}: {why}", dir.join(&name).display()));
+                    unwritten = Some(format!("{name}: {why}"));
                 }
             }
-            server.queue.made(
-                job,
-                FinishedPicture { index: *index, seed: image.seed, parameters: image.about, png: png.into() },
-            );
+            let (index, seed, parameters, png) = (*index, image.seed, image.about, png.into());
+            server.queue.made(job, FinishedPicture { index, seed, parameters, unwritten, png });
         }
         Ok(())
     }

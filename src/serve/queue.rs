@@ -81,6 +81,9 @@ pub struct FinishedPicture {
     pub seed: u64,
     /// Its parameters, as its file carries them.
     pub parameters: Value,
+    /// Why it is not in the server's outdir, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unwritten: Option<String>,
     /// The PNG file.
     #[serde(skip)]
     pub png: Bytes,

@@ -2,6 +2,7 @@
 //! what a request says; names are looked up among those that are there.
 
 use std::fs;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -174,9 +175,24 @@ impl Runs {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Refusal> {
+    input::read(path, MAX_BYTES).map_err(|error| failed(path, &error))
+}
+
+/// The last bytes of a file.
+fn end(path: &Path) -> Result<Vec<u8>, Refusal> {
+    let read = || {
+        let (mut file, mut bytes) = (input::open(path)?, Vec::new());
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(MAX_BYTES)))?;
+        file.take(MAX_BYTES).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    read().map_err(|error| failed(path, &error))
+}
+
+fn failed(path: &Path, error: &io::Error) -> Refusal {
     // The name only: the path is nobody's business.
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    input::read(path, MAX_BYTES).map_err(|error| Refusal::Failed(format!("{name}: {error}")))
+    Refusal::Failed(format!("{}: {error}", path.file_name().unwrap_or_default().to_string_lossy()))
 }
 
 fn points(text: &[u8]) -> Vec<Value> {
@@ -209,7 +225,8 @@ fn duration(dir: &Path) -> Option<u64> {
 impl Run {
     fn read(name: &str, dir: &Path) -> Result<Self, Refusal> {
         let stats = dir.join(STATS);
-        let points = points(&read(&stats)?);
+        // The end of a long file says it all.
+        let points = points(&end(&stats)?);
         let of = |key: &'static str| points.iter().filter_map(move |point| point.get(key)?.as_f64());
         let last = |key| of(key).next_back();
         let nimg = points.iter().filter_map(|point| point["nimg"].as_u64()).max().unwrap_or(0);

@@ -66,22 +66,23 @@ pub struct Sums {
 /// Longest line that is read.
 const MAX_LINE: u64 = 1 << 16;
 
-/// The newest value of each number in a file of statistics, `nimg` included. What is no line of statistics is left out.
+/// The newest value of each number in a file of statistics, `nimg` included, and how many lines of it are none.
 ///
 /// # Errors
 /// Whatever reading reports.
-pub fn latest(path: &Path) -> io::Result<Map<String, Value>> {
+pub fn latest(path: &Path) -> io::Result<(Map<String, Value>, usize)> {
     let mut reader = BufReader::new(input::open(path)?);
-    let (mut latest, mut line) = (Map::new(), Vec::new());
+    let (mut latest, mut others, mut line) = (Map::new(), 0, Vec::new());
     loop {
         line.clear();
         if (&mut reader).take(MAX_LINE).read_until(b'\n', &mut line)? == 0 {
-            return Ok(latest);
+            // What was no number in the last line that has it is not known by now.
+            latest.retain(|_, value| value.is_number());
+            return Ok((latest, others));
         }
-        if let Ok(Value::Object(values)) = serde_json::from_slice(&line)
-            && values.contains_key("nimg")
-        {
-            latest.extend(values.into_iter().filter(|(_, value)| value.is_number()));
+        match serde_json::from_slice(&line) {
+            Ok(Value::Object(values)) if values.contains_key("nimg") => latest.extend(values),
+            _ => others += 1,
         }
     }
 }

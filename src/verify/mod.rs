@@ -260,8 +260,8 @@ fn replay<M: Backends>(Replay { dir, bounds, report }: Replay, backends: &M) -> 
         s.skip("tolerances.json", "absent: the bounds are the floors of the device's precision");
     }
 
-    type Replay<'a, M> = fn(&mut Session<'a, M>) -> Result<()>;
-    let replays: [(&[&str], Replay<M>); 12] = [
+    type Step<'a, M> = fn(&mut Session<'a, M>) -> Result<()>;
+    let replays: [(&[&str], Step<M>); 12] = [
         (&[OPERATIONS], ops::operations),
         (&["ops_blocks.safetensors"], ops::blocks),
         (&["tiny_model.safetensors", "tiny_forward.safetensors"], network::forward),

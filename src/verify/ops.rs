@@ -25,9 +25,9 @@ const LARGE: f64 = 32768.0;
 pub(super) fn operations<M: Backends>(s: &mut Session<M>) -> Result<()> {
     let f = &s.open(super::OPERATIONS)?;
     let cases = f.cases();
-    type Replay<'a, M> = fn(&mut Session<'a, M>, &Golden, &str) -> Result<()>;
+    type Operation<'a, M> = fn(&mut Session<'a, M>, &Golden, &str) -> Result<()>;
     // By what the names of its cases begin with; the longer of two beginnings comes first.
-    let replays: [(&str, Replay<M>); 15] = [
+    let replays: [(&str, Operation<M>); 15] = [
         ("mp_silu", mp_silu),
         ("mp_sum_t", mp_sum),
         ("mp_cat_t", mp_cat),

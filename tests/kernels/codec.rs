@@ -10,7 +10,7 @@ use crate::common::close::assert_close;
 use crate::common::normals::normals;
 use crate::testbed::{self, Both, Kernels, Memory, PRECISIONS, padded};
 use bytemuck::Zeroable;
-use edm2k::backend::codec::{After, Before, CodecBackend, Reach};
+use edm2k::backend::codec::{CodecBackend, Epilogue, Prologue, Reach};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::gpu::codec::{self, ShapeError};
 use edm2k::backend::gpu::engine::Gpu;
@@ -83,13 +83,13 @@ impl Bench {
         let conv = self.cpu.load_conv(reach, cin, &weight, Some(&bias));
         let tx = self.cpu.upload(shape, &x.values);
         for after in 0..3 {
-            let plain = self.cpu.convolve(&conv, &tx, Before::Nothing, After::NOTHING);
+            let plain = self.cpu.convolve(&conv, &tx, Prologue::Nothing, Epilogue::NOTHING);
             let out = self.cpu.shape(&plain);
             let (add, relu) = (after == 2, after > 0);
             let values: Vec<f32> = self.normals(out.iter().product()).iter().map(|x| x * fan_in.sqrt()).collect();
             let residual = self.both(&values, cout);
             let tr = add.then(|| self.cpu.upload(out, &residual.values));
-            let want = self.cpu.convolve(&conv, &tx, Before::Nothing, After { residual: tr, relu });
+            let want = self.cpu.convolve(&conv, &tx, Prologue::Nothing, Epilogue { residual: tr, relu });
             let want = self.cpu.download(&want).unwrap();
             let what = format!("{reach:?} of {shape:?} to {cout}, {after}");
             for conv_loop in [ConvLoop::Mma, ConvLoop::Wgmma] {
@@ -130,12 +130,12 @@ impl Bench {
         let (tx, ta) = (self.cpu.upload(shape, &x.values), self.cpu.upload([n, 1, 2, c], &affine));
         let at = on_device.ptr();
         let all = [
-            ("affine", Before::Affine(&ta), Before::Affine(&at)),
-            ("affine and silu", Before::AffineSilu(&ta), Before::AffineSilu(&at)),
-            ("soft clip", Before::SoftClip, Before::SoftClip),
+            ("affine", Prologue::Affine(&ta), Prologue::Affine(&at)),
+            ("affine and silu", Prologue::AffineSilu(&ta), Prologue::AffineSilu(&at)),
+            ("soft clip", Prologue::SoftClip, Prologue::SoftClip),
         ];
         for (what, on_cpu, before) in all {
-            let want = self.cpu.convolve(&conv, &tx, on_cpu, After::NOTHING);
+            let want = self.cpu.convolve(&conv, &tx, on_cpu, Epilogue::NOTHING);
             let want = self.cpu.download(&want).unwrap();
             let y = self.room(shape);
             let launch = codec::normalise(self.precision, shape, x.memory.ptr(), before, y.ptr()).unwrap();

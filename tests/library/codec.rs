@@ -8,7 +8,7 @@ use crate::common::close::assert_close;
 use crate::common::command::edm2k;
 use crate::common::normals::normals;
 use edm2k::backend::Backend;
-use edm2k::backend::codec::{After, Before, CodecBackend, Reach};
+use edm2k::backend::codec::{CodecBackend, Epilogue, Prologue, Reach};
 use edm2k::backend::cpu::Cpu;
 use edm2k::codec::{CodecFile, TAESD_SCALE};
 use edm2k::formats::safetensors::SafeFile;
@@ -242,7 +242,7 @@ fn convolutions_of_every_reach_match_their_definition() {
             let mut b = Cpu::<f64, ()>::for_codec();
             let conv = b.load_conv(reach, cin, &weight, Some(&bias));
             let t = b.upload([n, h, w, cin], &x);
-            let got = b.convolve(&conv, &t, Before::Nothing, After::NOTHING);
+            let got = b.convolve(&conv, &t, Prologue::Nothing, Epilogue::NOTHING);
             let got = b.download(&got).unwrap();
             let want = x.chunks(h * w * cin).flat_map(|x| {
                 let x = Image::from_nhwc(cin, h, w, x);

@@ -428,10 +428,29 @@ fn what_cannot_be_drawn_is_refused_with_what_is_wrong() {
         document().check("Error", &said);
     }
     // What the framework refuses has the same form.
-    for (path, described) in [("/api/v1/jobs/abc", "/api/v1/jobs/{id}"), ("/api/v1/prompt", "/api/v1/prompt")] {
-        let said = server.get(path).expect(400);
-        document().check_answer(described, "get", 400, &said);
+    for (path, described, status, message) in [
+        ("/api/v1/jobs/abc", "/api/v1/jobs/{id}", 404, "there is no job abc, or no more"),
+        ("/api/v1/prompt", "/api/v1/prompt", 422, "behind ?: missing field `text`"),
+        (
+            "/api/v1/prompt?text=cat&mdoel=m",
+            "/api/v1/prompt",
+            422,
+            "behind ?: unknown field `mdoel`, expected `model` or `text`",
+        ),
+        (
+            "/sdapi/v1/progress?skip_current_image=no",
+            "/sdapi/v1/progress",
+            422,
+            "behind ?: \"no\", expected true or false",
+        ),
+    ] {
+        let said = server.get(path).expect(status);
+        assert_eq!(said["detail"], message, "{path}");
+        document().check_answer(described, "get", status, &said);
     }
+    let said = server.post("/api/v1/generate?wiat=true", &json!({})).expect(422);
+    assert_eq!(said["detail"], "behind ?: unknown field `wiat`, expected `wait`");
+    server.post("/api/v1/generate?wait=True", &json!({"sampler": {"steps": 1}})).expect(200);
     for model in ["n", "../m", "/etc/passwd", "m.safetensors", ""] {
         let said = server.post("/api/v1/generate", &json!({"model": model})).expect(404);
         assert!(said["detail"].as_str().unwrap().starts_with("there is no model"), "{said}");
@@ -529,7 +548,7 @@ fn hostile_requests_get_a_clear_status_and_the_server_goes_on() {
         (b"hello\r\n\r\n", 400),
         (b"GET /%00 HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", 404),
         (b"GET /api/v1/runs/..%2f..%2fetc HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", 404),
-        (b"GET /api/v1/jobs/99999999999999999999 HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", 400),
+        (b"GET /api/v1/jobs/99999999999999999999 HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", 404),
         (b"DELETE / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", 405),
         (b"POST /api/v1/generate HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: x\r\n\r\n", 400),
     ] {
@@ -785,13 +804,17 @@ fn clients_of_a1111_are_served() {
     assert!(said["detail"].as_str().unwrap().contains("expected one of DPM++ 2M, Heun, Euler"), "{said}");
 
     thread::scope(|scope| {
-        let waiting = scope.spawn(|| server.post("/sdapi/v1/txt2img", &json!({"steps": 1000, "batch_size": 4})));
+        let waiting = scope.spawn(|| server.post("/sdapi/v1/txt2img", &json!({"steps": 1000, "batch_size": 6})));
         wait_until("a preview", || get("/sdapi/v1/progress")["current_image"].is_string());
         let shown = get("/sdapi/v1/progress");
         assert_eq!(shown["state"]["sampling_steps"], 1000);
         assert!(BASE64_STANDARD.decode(shown["current_image"].as_str().unwrap()).unwrap().starts_with(b"\x89PNG"));
+        // The server makes four at a time.
+        wait_until("pictures", || get("/sdapi/v1/progress")["state"]["job_no"] == 4);
         assert_eq!(server.request("POST", "/sdapi/v1/interrupt", &[], b"").status, 200);
-        assert_eq!(waiting.join().unwrap().status, 503);
+        let said = waiting.join().unwrap().expect(200);
+        let info: Value = serde_json::from_str(said["info"].as_str().unwrap()).unwrap();
+        assert_eq!((said["images"].as_array().unwrap().len(), info["all_seeds"].as_array().unwrap().len()), (4, 4));
     });
 }
 

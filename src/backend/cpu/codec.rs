@@ -5,7 +5,7 @@ use super::bf16::Packed;
 use super::conv::{self, Filter, ImageRows};
 use super::tensor::Tensor;
 use super::{Cpu, copy_pixels, pixels};
-use crate::backend::codec::{After, Before, CodecBackend, Reach, Window};
+use crate::backend::codec::{CodecBackend, Epilogue, Prologue, Reach, Window};
 use crate::real::{Dst, Mat, Real, Threads, for_rows, matmul, simd};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -30,19 +30,19 @@ impl<T: Real> Cpu<T, ()> {
 /// Queries of [`CodecBackend::self_attention`] whose scores are held at once, on each thread.
 const QUERIES: usize = 256;
 
-/// Pixels of image row `row` of x from number `pixel` on, through `before`.
+/// Pixels of image row `row` of x from number `pixel` on, through `prologue`.
 #[inline(always)]
-fn read<T: Real>(x: &Tensor<T>, before: Before<Tensor<T>>, row: usize, pixel: usize, dst: &mut [T]) {
+fn read<T: Real>(x: &Tensor<T>, prologue: Prologue<Tensor<T>>, row: usize, pixel: usize, dst: &mut [T]) {
     let [_, h, _, c] = x.shape();
     let from = pixels(x, row, pixel);
-    let (affine, silu) = match before {
-        Before::Nothing => return copy_pixels(x, row, pixel, dst),
-        Before::SoftClip => {
+    let (affine, silu) = match prologue {
+        Prologue::Nothing => return copy_pixels(x, row, pixel, dst),
+        Prologue::SoftClip => {
             let three = T::of(3.0);
             return dst.iter_mut().zip(from).for_each(|(y, &x)| *y = (x / three).tanh() * three);
         }
-        Before::Affine(affine) => (affine, false),
-        Before::AffineSilu(affine) => (affine, true),
+        Prologue::Affine(affine) => (affine, false),
+        Prologue::AffineSilu(affine) => (affine, true),
     };
     let (scale, shift) = affine.values()[row / h * 2 * c..][..2 * c].split_at(c);
     for (dst, from) in dst.chunks_exact_mut(c).zip(from.chunks_exact(c)) {
@@ -80,19 +80,19 @@ impl<T: Real> CodecBackend for Cpu<T, ()> {
         &mut self,
         conv: &Conv<T>,
         x: &Tensor<T>,
-        before: Before<Tensor<T>>,
-        after: After<Tensor<T>>,
+        prologue: Prologue<Tensor<T>>,
+        epilogue: Epilogue<Tensor<T>>,
     ) -> Tensor<T> {
         let Conv { window, weight, packed, bias } = conv;
         let cout = bias.len();
         let shape = window.result(x.shape(), cout);
-        let add = after.residual.is_some();
-        let mut out = after.residual.unwrap_or_else(|| self.uninit(shape));
+        let add = epilogue.residual.is_some();
+        let mut out = epilogue.residual.unwrap_or_else(|| self.uninit(shape));
         assert_eq!(out.shape(), shape, "shape of a residual");
         let read = |row: usize, pixel: usize, dst: &mut [T]| {
             simd(
                 #[inline(always)]
-                || read(x, before, row, pixel, dst),
+                || read(x, prologue, row, pixel, dst),
             )
         };
         let rows = ImageRows { shape: x.shape(), read: &read };
@@ -109,7 +109,7 @@ impl<T: Real> CodecBackend for Cpu<T, ()> {
                         *out = if add { *out + (y + bias) } else { y + bias };
                     }
                 }
-                if after.relu {
+                if epilogue.relu {
                     // Written so that NaN passes through.
                     for x in out {
                         *x = if *x < T::zero() { T::zero() } else { *x };

@@ -12,7 +12,7 @@ use super::tables::codec::{ATTENTION_THREADS, BYTES_THREADS, NORM_THREADS};
 use super::tensor::padded;
 use super::tiles::{self, Card, Chooser, Kernels, Kind, Product, Question};
 use crate::backend::Shape;
-use crate::backend::codec::{Before, Reach, Window};
+use crate::backend::codec::{Prologue, Reach, Window};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -155,20 +155,20 @@ pub fn convolve(
 }
 
 /// Makes y of x, both of `shape`: what a convolution reads in place of x. `affine` is f32 [n, 1, 2, c], not padded.
-/// There is nothing to launch for [`Before::Nothing`].
+/// There is nothing to launch for [`Prologue::Nothing`].
 pub fn normalise(
     precision: Precision,
     shape: Shape,
     x: DevicePtr,
-    before: Before<DevicePtr>,
+    prologue: Prologue<DevicePtr>,
     y: DevicePtr,
 ) -> Result<Option<Launch>, ShapeError> {
     check(shape)?;
-    let (before, affine) = match before {
-        Before::Nothing => return Ok(None),
-        Before::Affine(affine) => (0, *affine),
-        Before::AffineSilu(affine) => (1, *affine),
-        Before::SoftClip => (2, DevicePtr::NULL),
+    let (before, affine) = match prologue {
+        Prologue::Nothing => return Ok(None),
+        Prologue::Affine(affine) => (0, *affine),
+        Prologue::AffineSilu(affine) => (1, *affine),
+        Prologue::SoftClip => (2, DevicePtr::NULL),
     };
     let [n, h, w, c] = shape;
     let vectors = padded(c) / 8;

@@ -20,7 +20,6 @@ pub(super) fn int<T: TryFrom<usize>>(x: usize) -> T {
 
 /// The 16-bit type of activations and effective weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Precision {
     /// IEEE half: 11 significant bits, up to 65504
     F16,

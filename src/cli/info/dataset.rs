@@ -112,7 +112,7 @@ impl DatasetInfo {
             return Ok(());
         }
         for SplitReport { name, images, buckets, .. } in &self.parts {
-            out!("{name:15}{images} images");
+            out!("{name:<14} {images} images");
             for Bucket { size, images } in buckets {
                 out!("{:15}{images:>8} of {size}", "");
             }

@@ -7,7 +7,7 @@ pub mod run;
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use anyhow::{anyhow, ensure};
+use anyhow::{anyhow, bail, ensure};
 use serde::Serialize;
 
 use edm2k::backend::DeviceError;
@@ -254,7 +254,12 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
         let network = NetworkReport::new(&preset.config, None, args.size.unwrap_or(preset.size))?;
         return network.show(args.json);
     }
+    let only_of_models = || match args.size {
+        Some(_) => bail!("--size goes with a model or a --preset"),
+        None => Ok(()),
+    };
     let Some(path) = &args.path else {
+        only_of_models()?;
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let gpus = gpus();
         if args.json {
@@ -272,9 +277,13 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
     // An error in opening names the file itself.
     let ends = |ending: &str| ends_in(path, ending);
     let unchecked = |what: &str| {
+        only_of_models()?;
         ensure!(!args.check, "{}: {what}, which has no checksums", path.display());
         Ok(())
     };
+    if path.is_dir() || ends("zip") {
+        only_of_models()?;
+    }
     if path.is_dir() && run::is_one(path)? {
         return run::show(path, args.check, args.json);
     }
@@ -295,15 +304,17 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
         return parts::picture(path, args.json);
     }
     ensure!(
-        !ends("jsonl") || stats::latest(path).at(path)?.is_empty(),
+        !ends("jsonl") || stats::latest(path).at(path)?.0.is_empty(),
         "{}: the statistics of a run; give the run's directory",
         path.display()
     );
     let file = weights::open(path)?;
     if let Some(header) = Header::of(&file)? {
+        only_of_models()?;
         return DatasetInfo::of_shard(&file, header, args.check)?.show(args.json);
     }
     if checkpoint::is_one(&file) {
+        only_of_models()?;
         return run::show_checkpoint(path, args.check, args.json);
     }
     if vae::is_one(&file) {
@@ -314,7 +325,7 @@ pub fn run(args: InfoArgs) -> anyhow::Result<()> {
         unchecked("an autoencoder")?;
         return parts::autoencoder(path, args.json);
     }
-    unchecked("neither a dataset nor a checkpoint")?;
+    ensure!(!args.check, "{}: neither a dataset nor a checkpoint, which has no checksums", path.display());
     drop(file);
     let model = Model::load(path)?;
     let size = args.size.unwrap_or([model.meta.height, model.meta.width]);

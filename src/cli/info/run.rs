@@ -32,6 +32,8 @@ struct Run {
     snapshots: Vec<String>,
     /// The newest value of each statistic.
     latest: Map<String, Value>,
+    /// Lines in the file of statistics that are none.
+    damaged_lines: usize,
 }
 
 /// Shows a run. Only the metadata of its checkpoints is read; with `check` all of them are read, and a damaged one is
@@ -53,9 +55,9 @@ pub fn show(dir: &Path, check: bool, json: bool) -> anyhow::Result<()> {
         }
     }
     let path = dir.join(files::STATS);
-    let latest = if path.is_file() { stats::latest(&path).at(&path)? } else { Map::new() };
+    let (latest, damaged_lines) = if path.is_file() { stats::latest(&path).at(&path)? } else { (Map::new(), 0) };
     let snapshots = files::snapshots(dir).at(dir)?;
-    let run = Run { kind: "run", state, checkpoints, damaged, snapshots, latest };
+    let run = Run { kind: "run", state, checkpoints, damaged, snapshots, latest, damaged_lines };
     match json {
         true => out!("{}", serde_json::to_value(&run)?),
         false => run.show(check),
@@ -69,15 +71,18 @@ impl Run {
     fn show(&self, check: bool) {
         match &self.state {
             Some(state) => show_state(state),
-            None => out!(
-                "trained on     {} images, and no whole checkpoint to go on from",
-                self.latest.get("nimg").unwrap_or(&json!(0))
-            ),
+            None => {
+                let images = self.latest.get("nimg").map_or("an unknown number of".into(), Value::to_string);
+                out!("trained on     {images} images, and no whole checkpoint to go on from");
+            }
         }
         for (key, what) in [("loss", "loss"), ("validation_loss", "validation"), ("images_per_s", "speed")] {
             if let Some(value) = self.latest.get(key).and_then(Value::as_f64) {
                 out!("{what:15}{value:.5}{}", if key == "images_per_s" { " images/s" } else { "" });
             }
+        }
+        if self.damaged_lines > 0 {
+            out!("damaged        {}: {} lines are no statistics", files::STATS, self.damaged_lines);
         }
         out!("checkpoints    {}{}", self.checkpoints.len(), newest(self.checkpoints.first()));
         self.damaged.iter().for_each(|why| out!("damaged        {why}"));

@@ -22,6 +22,9 @@ use super::{Resolved, SampleArgs};
 use crate::cli::ranks::Ranks;
 use crate::cli::say::{above, note, out};
 
+/// How many parts that are missing are named.
+const NAMED: usize = 8;
+
 /// Numbers of the images of a part. A part is made of whole batches, so that each image shares its batch with the same
 /// images as in one process.
 pub fn images_of(part: Part, request: &Request) -> Range<usize> {
@@ -305,15 +308,17 @@ impl Parts<'_> {
             Lacking::Differs(how) => Some(how.clone()),
             Lacking::Missing => None,
         };
-        let named = lacking.iter().map(|(part, images)| match images.iter().find_map(differs) {
+        let named = lacking.iter().take(NAMED).map(|(part, images)| match images.iter().find_map(differs) {
             Some(how) => format!("{part} (of something else: {how})"),
             None => part.to_string(),
         });
+        let more = lacking.len().saturating_sub(NAMED);
         out!(
-            "{} images of {}: {dir}. {count} are still missing, of part {}",
+            "{} images of {}: {dir}. {count} are still missing, of part {}{}",
             images_of(part, request).len(),
             request.seeds.len(),
-            named.collect::<Vec<_>>().join(", ")
+            named.collect::<Vec<_>>().join(", "),
+            if more > 0 { format!(" and {more} more") } else { String::new() }
         );
         Ok(false)
     }

@@ -302,6 +302,10 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
     }
     let seeds = seeds(args, &wanted.iter().map(|(_, seed)| *seed).collect::<Vec<_>>())?;
     let conditions: Vec<_> = wanted.into_iter().map(|(condition, _)| condition).collect();
+    let guides = args.sampler.guidance.is_some() || args.sampler.guidance_interval.is_some();
+    if conditions.is_empty() && args.gnet.is_none() && guides && sampler.guidance != 1.0 {
+        ranks.warn("guidance does nothing: there is no condition, no --negative and no --gnet");
+    }
     if pipeline.cannot_guide() {
         unguided(args, &conditions, &mut sampler, ranks)?;
     }
@@ -314,6 +318,10 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         (true, false) => OutputKind::Pictures,
     };
     let per_condition = usize::from(args.per_condition);
+    ensure!(
+        !conditions.is_empty() || seeds.len() == per_condition || per_condition == 1,
+        "--per-condition {per_condition}: there is no condition; --seeds says how many images there are"
+    );
     let (size, batch) = (args.size, args.batch.into());
     let mut request = Request { conditions, per_condition, seeds, size, sampler, batch, ..Request::default() };
     if let Some(count) = args.interpolate {

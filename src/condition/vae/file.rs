@@ -172,8 +172,13 @@ impl<'a, S: ConditionSource> Learning<'a, S> {
         let shown = |rows: usize, data: Option<Fingerprint>| {
             format!("{rows} conditions{}", data.map_or(String::new(), |data| format!(" ({data})")))
         };
-        if then.rows != source.count() || differ(&then.data, &data) || then.header != now.vae.header {
+        if then.rows != source.count() || differ(&then.data, &data) {
             return other(differs("the data", &shown(then.rows, then.data), &shown(source.count(), data)));
+        }
+        // The values of these fields may be long.
+        let fields = differing(&then.header, &now.vae.header, |field, _, _| format!("another {field}"));
+        if !fields.is_empty() {
+            return other(fields);
         }
         let mut tensors = Vec::new();
         for name in STATE {

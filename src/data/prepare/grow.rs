@@ -224,18 +224,10 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     let there = ExistingDataset::open(out, "change the tags of")?;
     let conditions = Conditions::open(&settings.conditions)?;
     let mut listing = listed(records, settings, report)?;
-    let ids = || there.shards().flat_map(|(.., shard)| &shard.ids).copied();
-    let all_have = |path: &Path, lack, has: &dyn Fn(i64) -> bool| {
-        let mut lacking = ids().filter(|&id| !has(id));
-        match lacking.next() {
-            None => Ok(()),
-            Some(id) => Err(PrepareError::Lacking { path: path.into(), lack, count: 1 + lacking.count(), id }),
-        }
-    };
-    let known: HashSet<i64> = listing.records.iter().map(|record| record.id).collect();
-    all_have(records.metadata(), "no record", &|id| known.contains(&id))?;
+    let places: HashMap<i64, usize> = listing.records.iter().enumerate().map(|(i, record)| (record.id, i)).collect();
+    all_have(&there, records.metadata(), "no record", |id| places.contains_key(&id))?;
     if let (Conditions::Known(features), ConditionInput::Features { path, .. }) = (&conditions, &settings.conditions) {
-        all_have(path, "no feature", &|id| features.get(id).is_some_and(|values| feature(values).is_ok()))?;
+        all_have(&there, path, "no feature", |id| features.get(id).is_some_and(|values| feature(values).is_ok()))?;
     }
     let mut now = made_with(None, settings, records.enlarge(), None, &conditions);
     // Settings that only matter when pictures are encoded may be left out.
@@ -244,7 +236,6 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
         check_some_settings(&shard.file, &now, &counts)?;
     }
     let advice = "if only its file was written anew, an empty folder of images will do: no picture is needed";
-    let places: HashMap<i64, usize> = listing.records.iter().enumerate().map(|(i, record)| (record.id, i)).collect();
     let mut members = HashSet::new();
     compare(&there, &listing.records, &places, advice, report, |_, shard, notes| {
         members.extend(&shard.ids);
@@ -270,34 +261,15 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
         let text = format!("{VOCABULARY_FILE} has {tags} tags from now on, it had {then}");
         report(Event::Warning { text: &text });
     }
-    let old = there.shards().next().map(|(.., shard)| &shard.header);
-    let kept = old.filter(|header| matches!(conditions, Conditions::Tags) && header.conditioning != Conditioning::Tags);
-    if let Some(Header { conditioning, .. }) = kept {
+    let tagged = Tagged::new(&there, &listing, &vocabulary, &conditions, &now)?;
+    if tagged.keeps {
+        let conditioning = &tagged.conditioning;
         let text =
             format!("conditions stay {conditioning}: another dataset, without features, is how they become tags");
         report(Event::Warning { text: &text });
     }
-    let (dim, conditioning) = match kept {
-        Some(header) => (header.condition_dim, header.conditioning.clone()),
-        None => (conditions.width().unwrap_or(vocabulary.len()), conditions.conditioning()),
-    };
-    if dim == 0 {
-        let (found, expected) = ("0".into(), "at least 1".into());
-        return Err(PrepareError::Setting { what: "the number of distinct tags on training images", found, expected });
-    }
-
-    let tagged = Tagged {
-        records: listing.records.iter().map(|record| (record.id, record)).collect(),
-        places: listing.places(&vocabulary),
-        vocabulary: &vocabulary,
-        conditions: &conditions,
-        keeps: kept.is_some(),
-        dim,
-        conditioning,
-        made_with: &now,
-    };
     pending.begin(|_| false)?;
-    report(Event::Start(ids().count()));
+    report(Event::Start(there.shards().map(|(.., shard)| shard.ids.len()).sum()));
     for (split, number, shard) in there.shards() {
         let (name, images) = (split.shard_name(number), shard.ids.len());
         let path = pending.path(&name);
@@ -310,6 +282,20 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     let summary = tally.finish(&listing, settings, skipped, vocabulary, &pending.path(SUMMARY_FILE))?;
     commit(pending, out)?;
     Ok(summary)
+}
+
+/// An error that names the first image of a dataset that has nothing in a file, if there is one.
+fn all_have(
+    there: &ExistingDataset,
+    path: &Path,
+    lack: &'static str,
+    has: impl Fn(i64) -> bool,
+) -> Result<(), PrepareError> {
+    let mut lacking = there.shards().flat_map(|(.., shard)| &shard.ids).copied().filter(|&id| !has(id));
+    match lacking.next() {
+        None => Ok(()),
+        Some(id) => Err(PrepareError::Lacking { path: path.into(), lack, count: 1 + lacking.count(), id }),
+    }
 }
 
 /// What all shards are given instead of their tags and conditions.
@@ -326,7 +312,30 @@ struct Tagged<'a> {
     made_with: &'a Map<String, Value>,
 }
 
-impl Tagged<'_> {
+impl<'a> Tagged<'a> {
+    fn new(
+        there: &ExistingDataset,
+        listing: &'a Listing,
+        vocabulary: &'a Vocabulary,
+        conditions: &'a Conditions,
+        made_with: &'a Map<String, Value>,
+    ) -> Result<Self, PrepareError> {
+        let old = there.shards().next().map(|(.., shard)| &shard.header);
+        let features = |header: &&Header| header.conditioning != Conditioning::Tags;
+        let kept = old.filter(|header| matches!(conditions, Conditions::Tags) && features(header));
+        let (dim, conditioning) = match kept {
+            Some(header) => (header.condition_dim, header.conditioning.clone()),
+            None => (conditions.width().unwrap_or(vocabulary.len()), conditions.conditioning()),
+        };
+        if dim == 0 {
+            let (what, found) = ("the number of distinct tags on training images", "0".into());
+            return Err(PrepareError::Setting { what, found, expected: "at least 1".into() });
+        }
+        let records = listing.records.iter().map(|record| (record.id, record)).collect();
+        let places = listing.places(vocabulary);
+        Ok(Self { records, places, vocabulary, conditions, keeps: kept.is_some(), dim, conditioning, made_with })
+    }
+
     /// Writes a shard anew, and returns its notes.
     fn write(&self, shard: &Shard, path: &Path) -> Result<Notes, PrepareError> {
         let mut rows = ShardImages::default();

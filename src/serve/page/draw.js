@@ -354,7 +354,9 @@ async function follow(job, drawn) {
       }
     });
     await Promise.all(saved.values());
+    const unwritten = end.pictures.filter((picture) => picture.unwritten);
     if (end.stage === "failed") problem = end.why;
+    else if (unwritten.length) problem = `The server could not write ${unwritten.length} of them: ${unwritten[0].unwritten}`;
   } catch (error) {
     problem = error.message;
   }

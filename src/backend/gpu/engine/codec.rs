@@ -7,7 +7,7 @@ use super::super::runtime::PARAMETERS;
 use super::super::structs::{CodecConv, CodecNorm};
 use super::super::tensor::padded;
 use super::*;
-use crate::backend::codec::{After, Before, CodecBackend, Reach};
+use crate::backend::codec::{CodecBackend, Epilogue, Prologue, Reach};
 
 /// A convolution's weight and bias on the device.
 pub struct Conv {
@@ -44,20 +44,20 @@ impl Gpu<Loaded> {
         self.own_values(bytes, PARAMETERS)
     }
 
-    /// What a convolution reads: its input through `before`.
-    fn normalised(&mut self, x: &Tensor, before: Before<Tensor>) -> Tensor {
-        let affine = match before {
-            Before::Affine(affine) | Before::AffineSilu(affine) => affine.ptr(),
-            Before::Nothing | Before::SoftClip => DevicePtr::NULL,
+    /// What a convolution reads: its input through `prologue`.
+    fn normalised(&mut self, x: &Tensor, prologue: Prologue<Tensor>) -> Tensor {
+        let affine = match prologue {
+            Prologue::Affine(affine) | Prologue::AffineSilu(affine) => affine.ptr(),
+            Prologue::Nothing | Prologue::SoftClip => DevicePtr::NULL,
         };
-        let before = match before {
-            Before::Nothing => return x.clone(),
-            Before::Affine(_) => Before::Affine(&affine),
-            Before::AffineSilu(_) => Before::AffineSilu(&affine),
-            Before::SoftClip => Before::SoftClip,
+        let prologue = match prologue {
+            Prologue::Nothing => return x.clone(),
+            Prologue::Affine(_) => Prologue::Affine(&affine),
+            Prologue::AffineSilu(_) => Prologue::AffineSilu(&affine),
+            Prologue::SoftClip => Prologue::SoftClip,
         };
         let y = self.unset(x.shape(), Format::Half);
-        let launch = normalise(self.precision, x.shape(), x.ptr(), before, y.ptr());
+        let launch = normalise(self.precision, x.shape(), x.ptr(), prologue, y.ptr());
         self.go_if(Operation::new("codec_normalise", x.shape()).with([x, &y]), launch);
         y
     }
@@ -78,13 +78,13 @@ impl CodecBackend for Gpu<Loaded> {
         Conv { reach, cin, cout, weight, bias }
     }
 
-    fn convolve(&mut self, conv: &Conv, x: &Tensor, before: Before<Tensor>, after: After<Tensor>) -> Tensor {
+    fn convolve(&mut self, conv: &Conv, x: &Tensor, prologue: Prologue<Tensor>, epilogue: Epilogue<Tensor>) -> Tensor {
         let Conv { reach, cin, cout, weight, bias } = conv;
         let x = self.half(x);
         let shape = reach.window().result(x.shape(), *cout);
         assert_eq!(x.shape()[3], *cin, "channels of a convolution's input");
-        let x = self.normalised(&x, before);
-        let residual = after.residual.map(|residual| self.half(&residual));
+        let x = self.normalised(&x, prologue);
+        let residual = epilogue.residual.map(|residual| self.half(&residual));
         assert!(residual.as_ref().is_none_or(|r| r.shape() == shape), "shape of a residual");
         self.keep(&[weight, bias]);
         let from = DevicePtr::of(residual.as_ref());
@@ -99,7 +99,7 @@ impl CodecBackend for Gpu<Loaded> {
             bias: bias.ptr(),
             residual: from,
             y: y.ptr(),
-            relu: after.relu.into(),
+            relu: epilogue.relu.into(),
             ..Zeroable::zeroed()
         };
         self.go_if(work.with([&y]), convolve(math, by, *reach, x.shape(), *cout, memory));
