@@ -45,8 +45,8 @@ pub struct ConditionArgs {
 
 #[derive(clap::Subcommand)]
 enum Command {
-    /// List the tags of a dataset that are like a text, or all, with how many records for training have them, pictures
-    /// that were dropped included
+    /// List a dataset's tags, or those like a text, with how many records for training had them when the tags were
+    /// counted: by `prepare`, or `prepare --retag`, not by `--add`. Dropped pictures count too
     Tags(TagsArgs),
     /// Learn to invent conditions from a dataset's training split
     Train(TrainArgs),

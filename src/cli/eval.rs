@@ -32,10 +32,10 @@ const TOGETHER: Duration = Duration::from_secs(10);
 /// Measure the loss of a model by noise level.
 #[derive(clap::Args)]
 #[command(group(clap::ArgGroup::new("written").args(["plot", "part"]).multiple(true)), after_help = "\
-The error is that of the denoised image, relative to what is achieved by knowing the mean and the
-size of the data only. The loss is what training minimises: error / exp(logvar) + logvar, with the
-network's own expectation logvar of ln(error). Noise is the same in every call, so models can be
-compared.
+The error is that of the denoised image, relative to what is achieved by knowing only that the
+data have mean 0 and standard deviation sigma_data. The loss is what training minimises:
+error / exp(logvar) + logvar, with the network's own expectation logvar of ln(error). Noise is the
+same in every call, so models can be compared.
 
 Examples:
   edm2k eval --model demo/emoji.safetensors --data demo/cache/emoji-32
@@ -51,7 +51,7 @@ pub struct EvalArgs {
     /// Which of its images
     #[arg(long, value_enum, default_value_t = Split::Validation)]
     split: Split,
-    /// Most of its images to look at: the first ones
+    /// Use only the first N images of the split
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     images: u32,
     /// Images at a time; changes speed and memory only

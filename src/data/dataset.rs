@@ -332,7 +332,7 @@ impl Dataset {
     /// Whether mirroring image `i` leaves its meaning and its tags as they are.
     pub fn flip_allowed(&self, i: usize) -> bool {
         // Latents of a mirrored picture are not mirrored latents.
-        self.at(i).map_or(self.header.kind == Representation::Images, |(shard, row)| shard.flips[row] == 1)
+        self.header.kind == Representation::Images && self.at(i).is_none_or(|(shard, row)| shard.flips[row] == 1)
     }
 
     /// How often training shows image `i` in an epoch; at least 1.

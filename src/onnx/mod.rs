@@ -63,6 +63,8 @@ pub enum OnnxError {
     Input { path: PathBuf, found: String },
     #[error("{}: the operator {operator} (node {node}) is not supported", path.display())]
     Operator { path: PathBuf, operator: String, node: String },
+    #[error("{}: {what} (node {node}) is not supported", path.display())]
+    Otherwise { path: PathBuf, node: String, what: &'static str },
     #[error("{}: the tensor {name} is {found}, expected a vector for each image", path.display())]
     NoVector { path: PathBuf, name: String, found: String },
     #[error("{}: a tensor of {elements} elements, expected {MAX_ELEMENTS} at most", path.display())]
@@ -145,6 +147,16 @@ enum Layout {
     First,
 }
 
+impl Layout {
+    /// The shape of one image.
+    fn shape(self, [height, width]: [usize; 2]) -> [usize; 4] {
+        match self {
+            Self::Last => [1, height, width, 3],
+            Self::First => [1, 3, height, width],
+        }
+    }
+}
+
 /// A network that makes a vector of an image.
 pub struct OnnxNetwork {
     path: PathBuf,
@@ -205,12 +217,10 @@ impl OnnxNetwork {
     pub fn features(&self, image: &[f32], name: &str) -> Result<Vec<f32>, OnnxError> {
         let [height, width] = self.size;
         assert_eq!(image.len(), height * width * 3, "values of an image of {width}x{height}");
+        let shape = self.layout.shape(self.size);
         let features = match self.layout {
-            Layout::Last => self.runnable.run(&[1, height, width, 3], image),
-            Layout::First => {
-                let planes: Vec<f32> = transposed(image, 3).collect();
-                self.runnable.run(&[1, 3, height, width], &planes)
-            }
+            Layout::Last => self.runnable.run(&shape, image),
+            Layout::First => self.runnable.run(&shape, &transposed(image, 3).collect::<Vec<f32>>()),
         };
         let features = features.map_err(|what| OnnxError::Run { path: self.path.clone(), what })?;
         match features.len() == self.width && features.iter().all(|x| x.is_finite()) {

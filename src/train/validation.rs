@@ -42,8 +42,8 @@ pub const SIGMAS: [f64; 15] = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.
 pub struct LevelLoss {
     /// What training minimises: `error` / exp(`logvar`) + `logvar` (EDM2, eq. 14).
     pub loss: f64,
-    /// Squared error of the denoised image, times (sigma^2 + sigma_data^2) / (sigma sigma_data)^2: 1 for a network
-    /// that knows nothing but the mean and the size of the data.
+    /// Squared error of the denoised image, times (sigma^2 + sigma_data^2) / (sigma sigma_data)^2: 1 for a network that
+    /// knows nothing but that the data have mean 0 and standard deviation sigma_data.
     pub error: f64,
     /// ln(`error`) as the network expects it.
     pub logvar: f64,

@@ -76,6 +76,14 @@ pub fn ints(name: &str, values: &[i64]) -> Message {
     values.iter().fold(Message::default().bytes(1, name), |of, &value| of.int(8, value)).int(20, 7)
 }
 
+/// A node's attribute that is a number.
+pub fn float(name: &str, value: f32) -> Message {
+    let mut message = Message::default().bytes(1, name);
+    message.0.push(2 << 3 | 5);
+    message.0.extend(value.to_le_bytes());
+    message.int(20, 1)
+}
+
 /// A node's attribute that is a whole number.
 pub fn int(name: &str, value: i64) -> Message {
     Message::default().bytes(1, name).int(3, value).int(20, 2)

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::common::command::edm2k;
 use crate::common::onnx::{
-    self, Dim, FLOAT, Graph, Message, POOLED, UINT8, int, ints, node, tensor, tensor_i64, value_info,
+    self, Dim, FLOAT, Graph, Message, POOLED, UINT8, float, int, ints, node, tensor, tensor_i64, value_info,
 };
 use assert_cmd::assert::Assert;
 use edm2k::condition::Conditioning;
@@ -129,6 +129,45 @@ fn features_are_those_of_a_direct_computation() {
     let path = dir.path().join("tagger.onnx");
     let network = OnnxNetwork::open(&path, FeatureTensor::Output, None).unwrap();
     assert_eq!((network.node(), network.width()), ("output", 5));
+}
+
+/// The network of tract's that is fast computes these wrong: it forgets where the slice begins.
+#[test]
+fn a_slice_behind_a_convolution_begins_where_it_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let [from, to, axes] = [("from", [1, 1]), ("to", [8, 8]), ("axes", [2, 3])].map(|(name, of)| tensor_i64(name, &of));
+    // A 3x3 convolution that leaves the first channel as it is.
+    let centre: Vec<f32> = (0..27).map(|i| f32::from(i == 4)).collect();
+    let conv = node("c", "Conv", &["x", "centre"], "conv").message(5, ints("pads", &[1, 1, 1, 1]));
+    let flatten = node("f", "Flatten", &["part"], "all").message(5, int("axis", 1));
+    let by_step = vec![node("s", "Slice", &["conv", "from", "to", "axes", "steps"], "part")];
+    let by_convolution = vec![
+        node("s", "Slice", &["conv", "from", "to", "axes"], "slice"),
+        node("d", "Conv", &["slice", "one"], "part").message(5, ints("strides", &[2, 2])),
+    ];
+    let image: Vec<f32> = (0..8 * 8 * 3).map(|i| i as f32).collect();
+    let pixel = |y: usize, x: usize| image[(y * 8 + x) * 3];
+    let expected: Vec<f32> =
+        (1..8).step_by(2).flat_map(|y| (1..8).step_by(2).map(move |x| (y, x))).map(|(y, x)| pixel(y, x)).collect();
+    for (name, slice) in [("by a step", by_step), ("by a convolution", by_convolution)] {
+        let side = || Dim::Fixed(8);
+        let weights = vec![
+            from.clone(),
+            to.clone(),
+            axes.clone(),
+            tensor_i64("steps", &[2, 2]),
+            tensor("centre", &[1, 3, 3, 3], &centre),
+            tensor("one", &[1, 1, 1, 1], &[1.0]),
+        ];
+        let graph = Graph {
+            nodes: [vec![conv.clone()], slice, vec![flatten.clone()]].concat(),
+            weights,
+            inputs: vec![value_info("x", FLOAT, &[Dim::Open("N"), Dim::Fixed(3), side(), side()])],
+            outputs: vec![value_info("all", FLOAT, &[])],
+        };
+        let network = OnnxNetwork::open(&write(&dir, name, &graph.file()), FeatureTensor::Output, None).unwrap();
+        assert_eq!(network.features(&image, name).unwrap(), expected, "{name}");
+    }
 }
 
 #[test]
@@ -367,6 +406,14 @@ fn bad_files_are_refused_in_a_line() {
             }),
             FeatureTensor::Pooled,
             "node /Expand: ConstantOfShape [1048576, 1048576, 1048576], larger than any image",
+        ),
+        (
+            "celu",
+            changed(&|graph| {
+                graph.nodes[2] = node("/Celu", "Celu", &["conv"], "relu").message(5, float("alpha", 0.5));
+            }),
+            FeatureTensor::Pooled,
+            "Celu with an alpha that is not 1 (node /Celu) is not supported",
         ),
     ];
     for (name, bytes, wanted, expected) in cases {
