@@ -40,7 +40,7 @@ pub enum ParamKind {
 }
 
 /// One parameter.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ParamSpec {
     /// Official name, e.g. `unet.enc.64x64_block0.conv_res0.weight`.
     pub name: String,
@@ -88,7 +88,7 @@ impl ParamSpec {
 }
 
 /// Every parameter of a network, in the order of the official `state_dict`.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ParamTable {
     specs: Vec<ParamSpec>,
     by_name: HashMap<String, ParamId>,

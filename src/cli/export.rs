@@ -6,7 +6,6 @@ use anyhow::{bail, ensure};
 
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::formats::short;
-use edm2k::model::file::save;
 use edm2k::model::{Model, Stored};
 use edm2k::train::checkpoint::{self, Checkpoint};
 
@@ -84,7 +83,7 @@ pub fn run(args: ExportArgs) -> anyhow::Result<()> {
     };
     model.doubts.iter().for_each(|doubt| note!("warning: {doubt}"));
     let dtype = args.dtype.unwrap_or(usual);
-    save(&args.out, &model.net.config, &model.meta, &model.table, &model.weights, dtype)?;
+    model.save(&args.out, dtype)?;
     out!("exported {} tensors: {}", model.table.len(), args.out.display());
     Ok(())
 }

@@ -7,7 +7,6 @@ use serde_json::{Map, Value};
 
 use edm2k::formats::safetensors::SafeError;
 use edm2k::formats::{input, json};
-use edm2k::model::file::save;
 use edm2k::model::{Config, Model, ModelError, ModelFile, OfficialSnapshot, Stored};
 
 use super::say::{note, out};
@@ -77,7 +76,7 @@ pub fn run(args: ImportArgs) -> anyhow::Result<()> {
         model.meta = meta;
         out!("unet.emb_label.weight is fresh: conditions of {width} values instead of {classes}");
     }
-    save(&args.out, &model.net.config, &model.meta, &model.table, &model.weights, stored)?;
+    model.save(&args.out, stored)?;
     let millions = model.table.trained_values() as f64 / 1e6;
     out!("imported a network of {millions:.1} M parameters: {}", args.out.display());
     Ok(())

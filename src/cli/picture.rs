@@ -8,8 +8,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 use edm2k::codec::{self, LATENTS};
 use edm2k::model::config::{Preset, preset};
-use edm2k::model::file::{Stored, save};
-use edm2k::model::{ImageSpace, Model, ModelMeta};
+use edm2k::model::file::Stored;
+use edm2k::model::{ImageSpace, Model};
 use edm2k::pipeline::{Condition, Request};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::{Device, Pipeline, median};
@@ -30,11 +30,10 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         let Preset { config, size, .. } = preset(&args.preset)?;
         let (path, vae) = (dir.path().join("model.safetensors"), dir.path().join("vae.safetensors"));
         let latents = config.img_channels == LATENTS;
-        let mut meta = ModelMeta::of(&config);
-        [meta.height, meta.width] = size;
-        meta.encoder = if latents { ImageSpace::SdVae } else { ImageSpace::Rgb };
-        let model = Model::init(&config, 0)?;
-        save(&path, &config, &meta, &model.table, &model.weights, Stored::F16)?;
+        let mut model = Model::init(&config, 0)?;
+        [model.meta.height, model.meta.width] = size;
+        model.meta.encoder = if latents { ImageSpace::SdVae } else { ImageSpace::Rgb };
+        model.save(&path, Stored::F16)?;
         command.arg("--model").arg(path);
         if latents && args.vae.is_none() {
             codec::write_random(&vae)?;

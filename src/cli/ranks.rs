@@ -1,9 +1,11 @@
 //! Commands that several processes do together, as a launcher started them: `torchrun`, `srun`, `mpirun`.
 
+use std::time::Duration;
+
 use anyhow::{bail, ensure};
 use indicatif::ProgressBar;
 
-use edm2k::collective::{Alone, Collective, LONGEST, Part, Star, World, agree, limit};
+use edm2k::collective::{Alone, Collective, LONGEST, Part, Patience, Star, World, agree, limit};
 use edm2k::system::host_name;
 use edm2k::{Device, DeviceName};
 
@@ -45,14 +47,23 @@ fn one_card_twice(cards: &[CardName]) -> Option<String> {
 /// why. A rank that is lost ends this process.
 pub fn together<T>(command: &str, work: impl FnOnce(&mut Ranks) -> anyhow::Result<T>) -> anyhow::Result<T> {
     let world = World::of_environment()?;
-    // Ranks that train do the same at the same time; of the others one may be hours behind, and gives signs of life.
-    let longest = (command == "train").then_some(LONGEST);
     let met: Box<dyn Collective> = match &world {
         None => Box::new(Alone),
-        Some(world) => Box::new(Star::join(world.clone(), limit()?, longest, |who| {
-            note!("edm2k: error: {who}");
-            std::process::exit(1);
-        })?),
+        Some(world) => {
+            let trains = command == "train";
+            let patience = Patience {
+                meet: limit()?,
+                // Ranks that train do the same at the same time; of the others one may be hours behind, and gives signs of life.
+                wait: trains.then_some(LONGEST),
+                // A checkpoint that is being written may be whole by then. Others write small files.
+                alone: Duration::from_secs(if trains { 50 } else { 10 }),
+            };
+            let lost = |who: &str| {
+                note!("edm2k: error: {who}");
+                std::process::exit(1);
+            };
+            Box::new(Star::join(world.clone(), patience, &mut |text| note!("{text}"), lost)?)
+        }
     };
     let mut ranks = Ranks { world, met };
     let other = |ours: &str, theirs: &str| format!("it was told to {theirs}, rank 0 to {ours}");

@@ -6,7 +6,7 @@
 //! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE`, `_LOCAL_RANK` | `MASTER_ADDR`; on one machine none is needed |
 //! | Slurm | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS`, `SLURM_LOCALID` | the first of `SLURM_STEP_NODELIST` |
 //!
-//! The first of these whose variables are set counts. Where torchrun or Open MPI say that all ranks are on this machine
+//! The first of these whose variables are set counts, and those that say that there is only one rank come last. Where torchrun or Open MPI say that all ranks are on this machine
 //! (`LOCAL_WORLD_SIZE`, `OMPI_COMM_WORLD_LOCAL_SIZE`), they meet at 127.0.0.1, whatever `MASTER_ADDR` is. Otherwise
 //! `MASTER_ADDR` counts under every launcher. So does `MASTER_PORT`, and `EDM2K_PORT` is looked at before it.
 
@@ -27,6 +27,8 @@ pub struct World {
     pub port: u16,
     /// What tells this run from others of its launcher.
     pub job: String,
+    /// The variable that says how many ranks there are.
+    pub said_by: &'static str,
 }
 
 /// The first of the ports that are derived from a job's name. They lie below those that systems give out by themselves.
@@ -67,7 +69,7 @@ impl World {
         let local = number(local, size as u64 - 1)? as usize;
         let job = launcher.job(&get);
         let (address, port) = (launcher.address(&get)?, launcher.port(&get, &job)?);
-        Ok(Some(Self { rank, size, local, address, port, job }))
+        Ok(Some(Self { rank, size, local, address, port, job, said_by: size_name }))
     }
 }
 
@@ -86,16 +88,19 @@ enum Launcher {
 }
 
 impl Launcher {
-    /// The one that started this process.
+    /// The one that started this process: the first whose variables are set, but one of several ranks before one of one.
     fn of(get: Get) -> Option<Self> {
         let set = |name: &str| get(name).is_some();
-        match () {
-            () if set("RANK") || set("WORLD_SIZE") => Some(Self::Torchrun),
-            () if set("OMPI_COMM_WORLD_RANK") => Some(Self::OpenMpi),
+        let is_set = |launcher: &Self| match launcher {
+            Self::Torchrun => set("RANK") || set("WORLD_SIZE"),
+            Self::OpenMpi => set("OMPI_COMM_WORLD_RANK"),
             // A batch script has SLURM_PROCID too. Only what srun starts is a step.
-            () if set("SLURM_PROCID") && set("SLURM_STEP_ID") => Some(Self::Slurm),
-            () => None,
-        }
+            Self::Slurm => set("SLURM_PROCID") && set("SLURM_STEP_ID"),
+        };
+        let all: Vec<_> = [Self::Torchrun, Self::OpenMpi, Self::Slurm].into_iter().filter(is_set).collect();
+        // Variables of one rank may be left from a notebook or a script.
+        let several = |launcher: &&Self| get(launcher.variables()[1]).is_none_or(|size| size != "1");
+        all.iter().find(several).or(all.first()).copied()
     }
 
     /// Where it says the rank, the number of ranks, and the same on this machine; it need not say the last.

@@ -32,7 +32,7 @@ pub mod star;
 pub use launcher::World;
 #[cfg(feature = "cuda")]
 pub use nccl::Nccl;
-pub use star::{LONGEST, Star, limit};
+pub use star::{LONGEST, Patience, Star, limit};
 
 /// Why ranks do not work together.
 #[derive(Clone, Debug, thiserror::Error)]

@@ -157,6 +157,20 @@ impl ModelMeta {
 }
 
 /// A network with its parameters on the host.
+///
+/// ```
+/// use edm2k::model::{Model, Stored};
+///
+/// let mut model = Model::load("demo/emoji.safetensors")?;
+/// assert_eq!(model.get("unet.emb_label.weight").map(<[f32]>::len), Some(128 * 1024));
+/// model.get_mut("unet.out_gain").unwrap()[0] *= 0.5;
+/// let path = std::env::temp_dir().join("halved.safetensors");
+/// model.save(&path, Stored::F32)?;
+/// assert_eq!(Model::load(&path)?.get("unet.out_gain"), model.get("unet.out_gain"));
+/// # std::fs::remove_file(path)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone)]
 pub struct Model {
     /// What the file says beside the config.
     pub meta: ModelMeta,
@@ -233,20 +247,11 @@ impl ModelFile {
                 guessed.config
             }
         };
-        let config_error = |cause| ModelError::Config { path: path.into(), cause };
-        let (net, table) = Precond::new(&config).map_err(config_error)?;
         let meta = match file.metadata().get("edm2k") {
             None => ModelMeta::of(&config),
             Some(text) => json::read(text).map_err(|e| metadata("edm2k", e.to_string()))?,
         };
-        config.check_size(meta.height, meta.width).map_err(config_error)?;
-        let tags = meta.vocabulary.len();
-        if tags > 0 && tags != config.label_dim {
-            let what = format!("{tags} tags in the vocabulary, expected label_dim = {}", config.label_dim);
-            return Err(metadata("edm2k", what));
-        }
-        meta.tags().map_err(|cause| metadata("edm2k", cause.to_string()))?;
-
+        let (net, table) = check_network(path, &config, &meta)?;
         if let Some(name) = file.names().find(|name| table.find(name).is_none()) {
             return Err(ModelError::Unknown { path: path.into(), name: name.into() });
         }
@@ -361,11 +366,48 @@ impl Model {
         Ok((new, fresh))
     }
 
+    /// The values of the parameter of this official name, in PyTorch's order; none if there is no such parameter.
+    pub fn get(&self, name: &str) -> Option<&[f32]> {
+        self.table.find(name).map(|id| &*self.weights[id.0])
+    }
+
+    /// The same, to be changed.
+    pub fn get_mut(&mut self, name: &str) -> Option<&mut [f32]> {
+        self.table.find(name).map(|id| &mut *self.weights[id.0])
+    }
+
+    /// Writes a model file, atomically.
+    ///
+    /// # Errors
+    /// [`ModelError::NotFinite`] for a weight that the element type cannot hold, [`ModelError::File`] if writing fails, and
+    /// as those of [`ModelWriter::create`]; then `path` keeps its old content.
+    ///
+    /// # Panics
+    /// If there is not a value for each place of each parameter.
+    pub fn save(&self, path: impl AsRef<Path>, stored: Stored) -> Result<(), ModelError> {
+        self.check();
+        let mut writer = ModelWriter::create(path, &self.net.config, &self.meta, &self.table, stored)?;
+        self.weights.iter().try_for_each(|values| writer.write(values))?;
+        writer.finish()
+    }
+
+    /// Panics unless there is a value for each place of each parameter.
+    fn check(&self) {
+        assert_eq!(self.weights.len(), self.table.len(), "values of as many parameters as the network has");
+        for ((_, spec), values) in self.table.iter().zip(&self.weights) {
+            assert_eq!(values.len(), spec.numel(), "values of {}", spec.name);
+        }
+    }
+
     /// Copies the parameters into a backend that was made for this table, ready to be sampled with.
     ///
     /// # Errors
     /// The backend was made for a table with other sizes, or its device fails.
+    ///
+    /// # Panics
+    /// If there is not a value for each place of each parameter.
     pub fn load_into<B: NetworkBackend>(&self, backend: &mut B) -> Result<(), BackendError> {
+        self.check();
         self.table.iter().zip(&self.weights).try_for_each(|((id, _), values)| backend.load_param(id, values))?;
         backend.normalize()
     }
@@ -374,27 +416,13 @@ impl Model {
     ///
     /// # Errors
     /// As [`Model::load_into`]; or the backend does not hold the slot.
+    ///
+    /// # Panics
+    /// As there.
     pub fn upload<B: TrainingBackend>(&self, backend: &mut B, slot: Slot) -> Result<(), BackendError> {
+        self.check();
         self.table.iter().zip(&self.weights).try_for_each(|((id, _), values)| backend.write_param(slot, id, values))
     }
-}
-
-/// Writes a model file, atomically. `weights` are by [`ParamId`].
-///
-/// # Errors
-/// [`ModelError::NotFinite`] for a weight that the element type cannot hold, [`ModelError::File`] if
-/// writing fails; then `path` keeps its old content.
-pub fn save(
-    path: impl AsRef<Path>,
-    config: &Config,
-    meta: &ModelMeta,
-    table: &ParamTable,
-    weights: &[Vec<f32>],
-    stored: Stored,
-) -> Result<(), ModelError> {
-    let mut writer = ModelWriter::create(path, config, meta, table, stored)?;
-    weights.iter().try_for_each(|values| writer.write(values))?;
-    writer.finish()
 }
 
 /// Writes a model file parameter by parameter, in the order of the table, so that memory need not hold them all.
@@ -412,7 +440,10 @@ impl<'a> ModelWriter<'a> {
     /// Begins a file of the network of `config`, whose parameters `table` lists.
     ///
     /// # Errors
-    /// [`ModelError::File`].
+    /// [`ModelError::File`]; [`ModelError::Config`] and [`ModelError::Metadata`] for what [`ModelFile::open`] would refuse.
+    ///
+    /// # Panics
+    /// If the table is of another network.
     pub fn create(
         path: impl AsRef<Path>,
         config: &Config,
@@ -421,6 +452,8 @@ impl<'a> ModelWriter<'a> {
         stored: Stored,
     ) -> Result<Self, ModelError> {
         let path = path.as_ref().to_path_buf();
+        let (_, expected) = check_network(&path, config, meta)?;
+        assert!(*table == expected, "parameters of another network than its config says");
         let json = |key, value: serde_json::Result<String>| {
             value.map_err(|e| ModelError::Metadata { path: path.clone(), key, what: e.to_string() })
         };
@@ -463,6 +496,20 @@ impl<'a> ModelWriter<'a> {
     pub fn finish(self) -> Result<(), ModelError> {
         Ok(self.file.finish()?)
     }
+}
+
+/// The network of a file, whose config and metadata must go together.
+fn check_network(path: &Path, config: &Config, meta: &ModelMeta) -> Result<(Precond, ParamTable), ModelError> {
+    let config_error = |cause| ModelError::Config { path: path.into(), cause };
+    let metadata = |what| ModelError::Metadata { path: path.into(), key: "edm2k", what };
+    let made = Precond::new(config).map_err(config_error)?;
+    config.check_size(meta.height, meta.width).map_err(config_error)?;
+    let tags = meta.vocabulary.len();
+    if tags > 0 && tags != config.label_dim {
+        return Err(metadata(format!("{tags} tags in the vocabulary, expected label_dim = {}", config.label_dim)));
+    }
+    meta.tags().map_err(|cause| metadata(cause.to_string()))?;
+    Ok(made)
 }
 
 /// Checks that `values`, which are `rounded` in a file, are finite numbers there.

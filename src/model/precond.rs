@@ -86,7 +86,12 @@ impl Precond {
     }
 
     /// D(x; sigma, labels) for noisy images `x` [n, h, w, c], noise levels `sigma` [n, 1, 1, 1] and labels
-    /// [n, 1, 1, label_dim] (none = zeros: the unconditional prediction).
+    /// [n, 1, 1, label_dim] (none = zeros: the unconditional prediction). The backend must hold normalised weights
+    /// ([`Model::load_into`](super::Model::load_into)), and sigma must be above 0.
+    ///
+    /// # Panics
+    /// If a shape is another, h and w are not of a size that the network takes ([`Config::check_size`]), or there are labels
+    /// and label_dim is 0.
     pub fn denoise<B: NetworkBackend>(
         &self,
         b: &mut B,
@@ -100,6 +105,9 @@ impl Precond {
 
     /// What all blocks take from noise levels and labels, [n, 1, 1, channels of all blocks]. It does not depend on the
     /// images.
+    ///
+    /// # Panics
+    /// As [`Precond::denoise`].
     pub fn scales<B: NetworkBackend>(&self, b: &mut B, sigma: &B::Tensor, labels: Option<&B::Tensor>) -> B::Tensor {
         self.embedded(b, sigma, labels).1
     }
@@ -111,6 +119,12 @@ impl Precond {
         sigma: &B::Tensor,
         labels: Option<&B::Tensor>,
     ) -> (Embedding<B::Tensor>, B::Tensor) {
+        let [n, rest @ ..] = b.shape(sigma);
+        assert_eq!(rest, [1; 3], "noise levels are [n, 1, 1, 1]");
+        if let Some(labels) = labels {
+            assert!(self.config.label_dim > 0, "the network takes no labels");
+            assert_eq!(b.shape(labels), [n, 1, 1, self.config.label_dim], "labels are [n, 1, 1, label_dim]");
+        }
         let embedding = b.embed(&self.embed, sigma, labels);
         let scales = b.emb_scales(self.unet.emb_layers(), &embedding.emb);
         (embedding, scales)
@@ -118,6 +132,9 @@ impl Precond {
 
     /// As [`Precond::denoise`], given the [`scales`](Precond::scales) of the noise levels. x may have fewer than n
     /// images, a divisor of n; then they are taken in turn.
+    ///
+    /// # Panics
+    /// As there.
     pub fn denoise_scaled<B: NetworkBackend>(
         &self,
         b: &mut B,
@@ -126,6 +143,14 @@ impl Precond {
         scales: &B::Tensor,
     ) -> B::Tensor {
         self.output(b, x, sigma, scales, &mut |_, _| {}).0
+    }
+
+    /// Panics unless the network takes these images under noise levels [n, 1, 1, 1].
+    fn check_images<B: NetworkBackend>(&self, b: &B, x: &B::Tensor, sigma: &B::Tensor) {
+        let ([images, h, w, c], [n, ..]) = (b.shape(x), b.shape(sigma));
+        assert_eq!(c, self.config.img_channels, "channels of the images [n, h, w, c]");
+        assert!(images > 0 && n % images == 0, "{images} images, and {n} noise levels");
+        self.config.check_size(h, w).expect("a size of images that the network takes");
     }
 
     /// D(x; sigma), and the U-Net's output before `out_gain`.
@@ -137,6 +162,7 @@ impl Precond {
         scales: &B::Tensor,
         probe: &mut dyn FnMut(&str, &B::Tensor),
     ) -> (B::Tensor, B::Tensor) {
+        self.check_images(b, x, sigma);
         let input = b.precond_input(x, sigma, self.config.sigma_data);
         let raw = self.unet.forward(b, &input, scales, None, probe);
         (b.precond_output(x, &raw, sigma, self.out_gain, self.config.sigma_data), raw)
@@ -146,7 +172,11 @@ impl Precond {
     ///
     /// # Errors
     /// The device's: it has no memory for the plan, for one.
+    ///
+    /// # Panics
+    /// As [`Precond::denoise`]; or there are not two or three inputs.
     pub fn planned<B: NetworkBackend>(&self, b: &mut B, inputs: &[B::Tensor]) -> Result<B::Tensor, BackendError> {
+        assert!((2..=3).contains(&inputs.len()), "images, noise levels and perhaps labels");
         let body = &mut |b: &mut B, t: &[B::Tensor]| Ok(vec![self.denoise(b, &t[0], &t[1], t.get(2))]);
         Ok(b.planned::<BackendError>(&Forward, inputs, body)?.swap_remove(0))
     }
@@ -171,7 +201,11 @@ impl Precond {
         b.logvar(&self.logvar, sigma)
     }
 
-    /// Forward pass with the loss of `noisy` = `clean` + `sigma` * noise, and with dropout if there are `masks`.
+    /// Forward pass with the loss of `noisy` = `clean` + `sigma` * noise, and with dropout if there are `masks`. Shapes are
+    /// those of [`Precond::denoise`].
+    ///
+    /// # Panics
+    /// As there; or `clean` and `noisy` differ in shape.
     pub fn train_forward<B: TrainingBackend>(
         &self,
         b: &mut B,
@@ -181,6 +215,9 @@ impl Precond {
         labels: Option<&B::Tensor>,
         masks: Option<&Masks<B::Tensor>>,
     ) -> TrainPass<B::Tensor> {
+        self.check_images(b, noisy, sigma);
+        assert_eq!(b.shape(clean), b.shape(noisy), "clean images, and the same with noise");
+        assert_eq!(b.shape(noisy)[0], b.shape(sigma)[0], "images, and their noise levels");
         let input = b.precond_input(noisy, sigma, self.config.sigma_data);
         let (embedding, scales) = self.embedded(b, sigma, labels);
         let mut tape = Tape::new(masks.cloned());

@@ -13,7 +13,7 @@ use super::{Image, SOFTWARE};
 use crate::collective::Part;
 use crate::formats::differences::differing_texts;
 use crate::formats::safetensors::{self, Dtype, SafeError, SafeFile, TensorOut};
-use crate::formats::{At, DirLock, FileError, LockError, transposed};
+use crate::formats::{At, DirLock, FileError, LockError, names, transposed};
 use crate::pictures::png::{self, PngError};
 use crate::pictures::{Picture, PictureError, decode};
 
@@ -49,6 +49,17 @@ pub enum Lacking {
     Missing,
     /// There is one of something else, and this is how it differs.
     Differs(String),
+}
+
+impl Lacking {
+    /// The error that this is where there is a file.
+    fn in_the_way(self, path: PathBuf) -> OutputError {
+        let differs = match self {
+            Self::Missing => None,
+            Self::Differs(how) => Some(how),
+        };
+        OutputError::Exists { path, differs }
+    }
 }
 
 /// A directory of images. It has `000007.png` for seed 7, `000007-2.png` for the second image of that seed,
@@ -100,17 +111,17 @@ impl OutDir {
         Ok(Self { dir: dir.into(), overwrite, lock, names, seeds, part, there: BTreeSet::new() })
     }
 
-    /// Refuses, before anything is computed, to overwrite the files of this part's images, whose numbers are `own` and
-    /// parameters `about`. Pictures that have them already need not be made; latents of one file are made together.
+    /// Refuses, before anything is computed, to overwrite the pictures of this part's images, whose numbers are `own` and
+    /// parameters `about`, or with `steps` those of their steps. Pictures that have them already need not be made.
     ///
     /// # Errors
     /// [`OutputError`]: the directory holds one of the files already, of something else, and `overwrite` was not given.
     ///
     /// # Panics
     /// If `own` goes beyond the seeds.
-    pub fn claim(&mut self, own: Range<usize>, kept: OutputKind, about: impl Fn(usize) -> Value) -> Result<()> {
+    pub fn claim(&mut self, own: Range<usize>, steps: bool, about: impl Fn(usize) -> Value) -> Result<()> {
         // Whether a file has these parameters; an error if it is in the way.
-        let is_there = |name: String, about: Option<Value>| {
+        let is_there = |name: String, about: &Value| {
             let path = self.dir.join(name);
             if path.is_dir() {
                 return Err(OutputError::Directory { path });
@@ -118,25 +129,38 @@ impl OutDir {
             if self.overwrite || path.symlink_metadata().is_err() {
                 return Ok(false);
             }
-            match about.map(|about| compared(&path, &about)) {
-                Some(Ok(())) => Ok(true),
-                Some(Err(Lacking::Differs(how))) => Err(OutputError::Exists { path, differs: Some(how) }),
-                Some(Err(Lacking::Missing)) | None => Err(OutputError::Exists { path, differs: None }),
-            }
+            compared(&path, about).map(|()| true).map_err(|why| why.in_the_way(path))
         };
-        if kept == OutputKind::Latents {
-            return [LATENTS.into(), latents_name(self.part)]
-                .into_iter()
-                .try_for_each(|name| is_there(name, None).map(drop));
-        }
         let mut there = BTreeSet::new();
         for number in own {
             let (name, about) = (&self.names[number], about(number));
-            let picture = is_there(picture_name(name), Some(about.clone()))?;
-            let steps = kept != OutputKind::Steps || is_there(steps_name(name), Some(about))?;
+            let picture = is_there(picture_name(name), &about)?;
+            let steps = !steps || is_there(steps_name(name), &about)?;
             there.extend((picture && steps).then_some(number));
         }
         self.there = there;
+        Ok(())
+    }
+
+    /// The same of latents, which are made together: those of this part, whose images are `own`, or of all, with the
+    /// parameters `about`.
+    ///
+    /// # Errors
+    /// As [`OutDir::claim`].
+    ///
+    /// # Panics
+    /// If `own` goes beyond the seeds.
+    pub fn claim_latents(&mut self, own: Range<usize>, about: &Value) -> Result<()> {
+        for (part, images) in [(Part::WHOLE, 0..self.seeds.len()), (self.part, own.clone())] {
+            let path = self.dir.join(latents_name(part));
+            if path.is_dir() {
+                return Err(OutputError::Directory { path });
+            }
+            if !self.overwrite && path.symlink_metadata().is_ok() {
+                self.latents(part, images, about).map_err(|why| why.in_the_way(path))?;
+                self.there = own.clone().collect();
+            }
+        }
         Ok(())
     }
 
@@ -228,7 +252,7 @@ impl OutDir {
     }
 
     /// Writes `latents` [N, C, H, W] of this part's images [H, W, C], their `seeds` `[N]`, and `steps`
-    /// [N, steps, C, H, W] if there are some, where those of one image follow each other. Returns the file's path.
+    /// [N, steps, C, H, W] if there are some, where those of one image follow each other.
     ///
     /// # Errors
     /// [`OutputError::Latents`].
@@ -238,7 +262,7 @@ impl OutDir {
         steps: &[f32],
         [height, width, channels]: [usize; 3],
         about: &Value,
-    ) -> Result<PathBuf> {
+    ) -> Result<()> {
         let (n, area) = (images.len(), height * width);
         let planar = |image: &[f32]| -> Vec<u8> { transposed(image, channels).flat_map(f32::to_le_bytes).collect() };
         let latents: Vec<u8> = images.iter().flat_map(|image| planar(&image.values)).collect();
@@ -253,8 +277,12 @@ impl OutDir {
             tensors.push(("steps", Dtype::F32, &steps_shape, &steps));
         }
         let path = self.dir.join(latents_name(self.part));
-        safetensors::write(&path, &tensors, &HashMap::from([("edm2k".to_owned(), about.to_string())]))?;
-        Ok(path)
+        Ok(safetensors::write(&path, &tensors, &HashMap::from([("edm2k".to_owned(), about.to_string())]))?)
+    }
+
+    /// The file of the latents of all images.
+    pub fn latents_path(&self) -> PathBuf {
+        self.dir.join(LATENTS)
     }
 
     /// The file of the latents of a part, whose images are `own`, if some process has written it with the parameters
@@ -295,13 +323,13 @@ impl OutDir {
         Ok(true)
     }
 
-    /// Joins the latents of all parts to the file that one process would write, and removes theirs. Given fewer files than
-    /// parts, it only removes them: another process has joined them. Returns the file's path.
+    /// Joins the latents of all parts to the file that one process would write, and removes theirs, and what is left of
+    /// the same images in another number of parts. Given fewer files than parts, it only removes them: another process has
+    /// joined them.
     ///
     /// # Errors
     /// [`OutputError::Latents`]: a damaged part, among others.
-    pub fn join_latents(&self, parts: Vec<SafeFile>, about: &Value) -> Result<PathBuf> {
-        let path = self.dir.join(LATENTS);
+    pub fn join_latents(&self, parts: Vec<SafeFile>, about: &Value) -> Result<()> {
         if parts.len() == self.part.of {
             let mut joined = Vec::new();
             for name in ["latents", "seeds", "steps"] {
@@ -315,13 +343,22 @@ impl OutDir {
             }
             let tensors = joined.iter().map(|(name, dtype, shape, bytes)| (*name, *dtype, &shape[..], &bytes[..]));
             let about = HashMap::from([("edm2k".to_owned(), about.to_string())]);
-            safetensors::write(&path, &tensors.collect::<Vec<TensorOut>>(), &about)?;
+            safetensors::write(self.latents_path(), &tensors.collect::<Vec<TensorOut>>(), &about)?;
         }
-        let paths: Vec<_> = parts.iter().map(|part| part.path().to_owned()).collect();
         drop(parts);
-        // Another process may have removed them already.
-        paths.iter().for_each(|path| drop(fs::remove_file(path)));
-        Ok(path)
+        let ours = about.to_string();
+        let is_part = |path: &PathBuf| {
+            let Ok(file) = SafeFile::open(path) else { return false };
+            let seeds = file.i64("seeds").unwrap_or_default();
+            let among = |own: &[u64]| own.iter().copied().eq(seeds.iter().map(|&seed| seed as u64));
+            file.metadata().get("edm2k") == Some(&ours)
+                && (seeds.is_empty() || self.seeds.windows(seeds.len()).any(among))
+        };
+        for name in names(&self.dir).at(&self.dir)?.into_iter().filter(|name| name.starts_with("latents-")) {
+            // Another process may have removed it already.
+            drop(Some(self.dir.join(name)).filter(is_part).map(fs::remove_file));
+        }
+        Ok(())
     }
 
     /// The PNG files of a directory, without grids and steps, sorted by name.

@@ -6,11 +6,43 @@ use std::path::Path;
 
 use super::checkpoint::{self, Checkpoint};
 use super::step::with_values;
-use super::{CheckpointError, Event, Execution, Model, ModelMeta, Settings, State, TrainError, files};
+use super::{
+    CheckpointError, DataIdentity, Event, Execution, Model, ModelMeta, Precond, Settings, Splits, State, TrainError,
+    files,
+};
 use crate::backend::{Slot, TrainingBackend};
 use crate::collective::{Collective, CollectiveError};
 use crate::data::dataset::Dataset;
 use crate::formats::{At, AtomicFile, free_name, input, write_atomically};
+
+/// Checks that a run's model, settings and images belong together.
+pub(super) fn check(model: &Model, settings: &Settings, splits: Splits) -> Result<(), TrainError> {
+    let config = &settings.config;
+    let mismatch = |what: String| Err(TrainError::Mismatch(what));
+    let (_, table) = Precond::new(config)?;
+    if model.net.config != *config || model.table != table {
+        return mismatch("the model is of another network than the settings'".into());
+    }
+    config.check_size(model.meta.height, model.meta.width)?;
+    if settings.data != DataIdentity::of(splits.train) {
+        return mismatch("the settings are for other images than those to train on".into());
+    }
+    for data in [Some(splits.train), splits.validation].into_iter().flatten() {
+        config.check_sizes(&data.sizes())?;
+        let (channels, dim) = (data.shape()[2], data.condition_dim());
+        if channels != config.img_channels {
+            return mismatch(format!("images of {channels} channels, and a network for {}", config.img_channels));
+        }
+        if config.label_dim != 0 && dim != config.label_dim {
+            return mismatch(format!("conditions of {dim} values, and a network for {}", config.label_dim));
+        }
+    }
+    let sizes = |data: &Dataset| data.header().all_sizes();
+    match splits.validation.is_none_or(|validation| sizes(validation) == sizes(splits.train)) {
+        true => Ok(()),
+        false => mismatch("the validation split is not of the same size".into()),
+    }
+}
 
 /// Where rank 0 begins: at the newest checkpoint, else with the model.
 pub(super) fn first_state<B: TrainingBackend>(

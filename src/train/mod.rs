@@ -85,9 +85,9 @@ use crate::device::{Backends, Device, Work};
 use crate::formats::fingerprint::Fingerprint;
 use crate::formats::{At, DirLock, FileError, LockError};
 use crate::model::file::ModelWriter;
-use crate::model::{Model, ModelError, ModelMeta, Precond, Stored};
+use crate::model::{ConfigError, Model, ModelError, ModelMeta, Precond, Stored};
 use batch::HostBatch;
-use begin::{begin_together, first_state, write_options, writers};
+use begin::{begin_together, check, first_state, write_options, writers};
 use events::Events;
 use order::Order;
 use settings::RankInputs;
@@ -125,6 +125,11 @@ pub enum TrainError {
     Lock(#[from] LockError),
     #[error("{0}")]
     Setting(#[from] SettingError),
+    #[error("{0}")]
+    Config(#[from] ConfigError),
+    /// The model, the settings and the images do not belong together.
+    #[error("{0}")]
+    Mismatch(String),
     #[error("{0}")]
     Ranks(#[from] CollectiveError),
     /// Some ranks would have nothing to do.
@@ -242,6 +247,7 @@ pub fn train<B: TrainingBackend>(backend: &mut B, training: Training) -> Result<
     let Training { model, settings, execution, splits: data, show, stop, event, ranks } = training;
     settings.validate()?;
     execution.validate()?;
+    check(&model, settings, data)?;
     let dir = execution.outdir.as_path();
     let part = ranks.part();
     if settings.batch < part.of as u64 {

@@ -7,7 +7,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use edm2k::model::file::{Stored, save};
+use edm2k::model::file::Stored;
 use edm2k::model::{Config, Model};
 use serde_json::{Value, json};
 
@@ -38,7 +38,7 @@ pub fn write(config: &Config, path: &Path, seed: u64, change: impl FnOnce(&mut M
         }
     }
     change(&mut model);
-    save(path, config, &model.meta, &model.table, &model.weights, Stored::F16).unwrap();
+    model.save(path, Stored::F16).unwrap();
 }
 
 /// `edm2k serve` on a free port; killed when it is dropped.

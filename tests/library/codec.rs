@@ -13,7 +13,7 @@ use edm2k::backend::cpu::Cpu;
 use edm2k::codec::{CodecFile, TAESD_SCALE};
 use edm2k::formats::safetensors::SafeFile;
 use edm2k::model::Config;
-use edm2k::model::file::{ImageSpace, Model, Stored, save};
+use edm2k::model::file::{ImageSpace, Model, Stored};
 use edm2k::pictures::{Picture, png::read_text};
 use serde_json::json;
 
@@ -562,7 +562,7 @@ fn tiny_model(path: &Path, channels: usize, encoder: ImageSpace) {
     let mut model = Model::init(&config, 3).unwrap();
     model.meta.encoder = encoder;
     (model.meta.height, model.meta.width) = (6, 4);
-    save(path, &config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
+    model.save(path, Stored::F32).unwrap();
 }
 
 fn sample(dir: &Path, model: &str, more: &[&str]) -> assert_cmd::assert::Assert {
@@ -674,7 +674,7 @@ fn latents_are_decoded_by_what_made_them() {
     tiny_model(&at("latent"), 4, ImageSpace::SdVae);
     let mut model = Model::load(at("latent")).unwrap();
     model.meta.autoencoder = made_by;
-    save(at("latent"), &model.net.config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
+    model.save(at("latent"), Stored::F32).unwrap();
     let said = |vae: &str, code: i32| {
         let out = sample(dir.path(), "latent", &["--outdir", "o", "--vae", vae]).code(code);
         String::from_utf8_lossy(&out.get_output().stderr).into_owned()

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
-use edm2k::model::file::save;
 use edm2k::model::{Config, ImageSpace, Model, ModelMeta, Stored};
 use edm2k::params::ParamKind;
 
@@ -45,10 +44,11 @@ fn tamper(
 fn f32_files_give_back_every_bit_and_f16_files_the_nearest_half() {
     let dir = tempfile::tempdir().unwrap();
     let config = tiny(5);
-    let model = Model::init(&config, 3).unwrap();
+    let mut model = Model::init(&config, 3).unwrap();
+    model.meta = meta(&config);
     for precision in [Stored::F32, Stored::F16] {
         let path = dir.path().join("model.safetensors");
-        save(&path, &config, &meta(&config), &model.table, &model.weights, precision).unwrap();
+        model.save(&path, precision).unwrap();
         let read = Model::load(&path).unwrap();
         assert_eq!(read.meta, meta(&config));
         assert_eq!(read.net.config, config);
@@ -108,7 +108,7 @@ fn a_file_of_another_program_is_taken_to_be_square() {
     let path = dir.path().join("model.safetensors");
     let config = Config { img_channels: 4, ..tiny(0) };
     let model = Model::init(&config, 3).unwrap();
-    save(&path, &config, &model.meta, &model.table, &model.weights, Stored::F16).unwrap();
+    model.save(&path, Stored::F16).unwrap();
     tamper(&path, |_, metadata| {
         metadata.remove("edm2k");
     });
@@ -148,7 +148,7 @@ fn damage_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model.safetensors");
     for (message, damage) in cases {
-        save(&path, &config, &meta(&config), &model.table, &model.weights, Stored::F32).unwrap();
+        model.save(&path, Stored::F32).unwrap();
         tamper(&path, damage);
         let error = Model::load(&path).expect_err(message).to_string();
         assert!(error.contains(message) && error.contains("model.safetensors"), "{error}\nexpected {message}");
@@ -162,7 +162,7 @@ fn weights_too_large_for_f16_are_not_saved_as_infinity() {
     let config = tiny(0);
     let mut model = Model::init(&config, 3).unwrap();
     model.weights[3][1] = 1e6;
-    let error = save(&path, &config, &model.meta, &model.table, &model.weights, Stored::F16).unwrap_err();
+    let error = model.save(&path, Stored::F16).unwrap_err();
     assert!(
         error
             .to_string()

@@ -272,7 +272,7 @@ mod on_the_command_line {
         use crate::common::command::printed;
         use edm2k::backend::gpu::conv::{ConvShape, Fprop};
         use edm2k::backend::gpu::emulated::{Build, Emulated, Emulator};
-        use edm2k::model::file::{Stored, save};
+        use edm2k::model::file::Stored;
         use edm2k::model::{Model, ModelMeta};
         use edm2k::tuning;
 
@@ -284,7 +284,7 @@ mod on_the_command_line {
         .unwrap();
         let model = Model::init(&config, 0).unwrap();
         let path = dir.path().join("tiny.safetensors");
-        save(&path, &config, &ModelMeta::of(&config), &model.table, &model.weights, Stored::F16).unwrap();
+        model.save(&path, Stored::F16).unwrap();
         let tune = |more: &[&str]| {
             let path = path.to_str().unwrap();
             let arguments = ["tune", "--device", "emulated", "--model", path, "--repeats", "1"];

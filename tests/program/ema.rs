@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::common::command::{here, refused_in_one_line};
 use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::formats::safetensors::SafeFile;
-use edm2k::model::{Config, Model, ModelMeta, Stored, file::save};
+use edm2k::model::{Config, Model, ModelMeta, Stored};
 use edm2k::train::posthoc::{mismatch, solve_posthoc};
 use serde_json::Value;
 
@@ -33,7 +33,7 @@ fn snapshot(path: &Path, config: &Config, meta: impl FnOnce(&mut ModelMeta), val
     for values in &mut model.weights {
         values.iter_mut().enumerate().for_each(|(i, x)| *x = value(i));
     }
-    save(path, config, &model.meta, &model.table, &model.weights, Stored::F16).unwrap();
+    model.save(path, Stored::F16).unwrap();
 }
 
 fn at(images_seen: u64, std: f64) -> impl Fn(&mut ModelMeta) {

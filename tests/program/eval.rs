@@ -8,7 +8,7 @@ use edm2k::backend::Backend;
 use edm2k::backend::cpu::Cpu;
 use edm2k::collective::Alone;
 use edm2k::data::dataset::{Dataset, Split};
-use edm2k::model::{Config, ImageSpace, Model, Stored, file::save};
+use edm2k::model::{Config, ImageSpace, Model, Stored};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::train::validation::{self, SIGMAS};
 use edm2k::train::{DataIdentity, Schedule, Settings};
@@ -41,7 +41,7 @@ fn model() -> Model {
 }
 
 fn write(model: &Model, path: &Path) {
-    save(path, &model.net.config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
+    model.save(path, Stored::F32).unwrap();
 }
 
 /// Error of D = c_skip x, when image i is shown `draws` times, time j with noise i * draws + j at `sigma(j)`.

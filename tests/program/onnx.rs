@@ -16,7 +16,7 @@ use edm2k::condition::tagger::Tagger;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::fingerprint::Fingerprint;
 use edm2k::formats::safetensors::{self, Dtype};
-use edm2k::model::{Config, Model, Stored, file::save};
+use edm2k::model::{Config, Model, Stored};
 use edm2k::onnx::{FeatureTensor, OnnxNetwork};
 use edm2k::pictures::{Picture, bicubic::resize, decode, png};
 use edm2k::rng::{Purpose, Stream};
@@ -487,7 +487,7 @@ impl Bench {
             }
         }
         model.meta.conditioning = conditioning;
-        save(self.path(name), &config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
+        model.save(self.path(name), Stored::F32).unwrap();
     }
 }
 

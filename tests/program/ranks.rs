@@ -15,9 +15,9 @@ use crate::common::driver;
 use crate::common::place::{self, assert_same_tensors, files, signal, stats, succeed, text};
 use edm2k::backend::cpu::Cpu;
 use edm2k::backend::{Slot, TrainingBackend, Values};
-use edm2k::collective::{Collective, CollectiveError, Star, World};
+use edm2k::collective::{Collective, CollectiveError, Patience, Star, World};
 use edm2k::data::dataset::{Dataset, Split};
-use edm2k::model::{Config, ImageSpace, Model, ModelMeta, Stored, file::save};
+use edm2k::model::{Config, ImageSpace, Model, ModelMeta, Stored};
 use edm2k::params::ParamId;
 use edm2k::pictures::{Picture, decode};
 use edm2k::rng::{Purpose, Stream};
@@ -32,11 +32,15 @@ fn free_port() -> u16 {
 }
 
 fn world(rank: usize, size: usize, port: u16) -> World {
-    World { rank, size, local: rank, address: "127.0.0.1".into(), port, job: "a test".into() }
+    World { rank, size, local: rank, address: "127.0.0.1".into(), port, job: "a test".into(), said_by: "the test" }
+}
+
+fn patience(meet: u64, wait: Option<u64>) -> Patience {
+    Patience { meet: Duration::from_secs(meet), wait: wait.map(Duration::from_secs), alone: Duration::from_secs(10) }
 }
 
 fn join(world: World, seconds: u64) -> Result<Star, CollectiveError> {
-    Star::join(world, Duration::from_secs(seconds), None, |_| {})
+    Star::join(world, patience(seconds, None), &mut |_| {}, |_| {})
 }
 
 /// Does `work` on `size` ranks that meet, each in a thread; what it returns on each.
@@ -230,7 +234,7 @@ fn a_rank_that_is_at_other_work_when_one_is_lost_is_told_too() {
     thread::scope(|scope| {
         scope.spawn(move || {
             let tell = move |who: &str| drop(sender.send(who.to_owned()));
-            let ranks = Star::join(world(0, 2, port), Duration::from_secs(20), None, tell).unwrap();
+            let ranks = Star::join(world(0, 2, port), patience(20, None), &mut |_| {}, tell).unwrap();
             let who = told.recv_timeout(Duration::from_secs(30)).unwrap();
             assert!(who.starts_with("rank 1 (") && who.ends_with(") has ended"), "{who}");
             drop(ranks);
@@ -245,8 +249,7 @@ fn who_is_at_work_is_waited_for_unless_all_have_as_much_to_do() {
         let port = free_port();
         thread::scope(|scope| {
             let rank = |rank, longest: Option<u64>| {
-                let longest = longest.map(Duration::from_secs);
-                Star::join(world(rank, 2, port), Duration::from_secs(20), longest, |_| {}).unwrap()
+                Star::join(world(rank, 2, port), patience(20, longest), &mut |_| {}, |_| {}).unwrap()
             };
             scope.spawn(move || {
                 let mut slow = rank(1, None);
@@ -926,13 +929,11 @@ fn ranks_and_parts_make_the_files_that_one_process_makes() {
     same("parts");
 
     // Another model under the same name, on one rank or for one part.
-    let model = Model::load(emoji).unwrap();
-    let mut other = model.weights.clone();
-    other[0].iter_mut().for_each(|weight| *weight *= 1.5);
-    for (dir, weights) in [("a", &model.weights), ("b", &other)] {
+    let mut model = Model::load(emoji).unwrap();
+    for dir in ["a", "b"] {
         fs::create_dir(place.path(dir)).unwrap();
-        let path = place.path(dir).join("m.safetensors");
-        save(&path, &model.net.config, &model.meta, &model.table, weights, Stored::F16).unwrap();
+        model.save(place.path(dir).join("m.safetensors"), Stored::F16).unwrap();
+        model.weights[0].iter_mut().for_each(|weight| *weight *= 1.5);
     }
     let of = |dir: &str, more: &str| sample("mixed", more).replace(emoji, &format!("{dir}/m.safetensors"));
     let port = free_port();
@@ -976,11 +977,12 @@ fn ranks_and_parts_make_the_files_that_one_process_makes() {
 #[test]
 fn ranks_and_parts_make_the_latents_that_one_process_makes() {
     let place = Place::empty();
-    let model = Model::init(&latents(), 3).unwrap();
-    let meta = ModelMeta { height: 8, width: 16, encoder: ImageSpace::SdVae, ..model.meta };
+    let mut model = Model::init(&latents(), 3).unwrap();
+    model.meta = ModelMeta { height: 8, width: 16, encoder: ImageSpace::SdVae, ..model.meta };
     let path = place.path("model.safetensors");
-    save(&path, &model.net.config, &meta, &model.table, &model.weights, Stored::F32).unwrap();
+    model.save(&path, Stored::F32).unwrap();
     let mut other = Model::init(&latents(), 4).unwrap();
+    other.meta = model.meta.clone();
     // What begins at 0 makes all fresh networks alike.
     other.weights[other.table.find("unet.out_gain").unwrap().0] = vec![1.0];
     // 5 batches.
@@ -1008,21 +1010,29 @@ fn ranks_and_parts_make_the_latents_that_one_process_makes() {
         );
         assert!(part("1/3", "").contains("4 are still missing, of part 2/3"));
         assert!(!place.path(&name("parts")).join("latents.safetensors").exists());
-        let again = place.rank(0, 1, 0, &line("1/3", "")).output().unwrap();
-        assert!(text(&again).contains("latents-1-of-3.safetensors exists; give --overwrite"), "{}", text(&again));
+        // Those that are there are not made again.
+        assert!(part("1/3", "").contains("4 of 4 images are there"));
         // Those of other seeds are none of these.
-        let seeds = line("1/3", "--overwrite").replace("0-8,17", "1-9,17");
+        let seeds = line("1/3", "").replace("0-8,17", "1-9,17");
+        let refused = place.rank(0, 1, 0, &seeds).output().unwrap();
+        assert!(
+            text(&refused)
+                .contains("latents-1-of-3.safetensors exists, of something else: other seeds; give --overwrite"),
+            "{}",
+            text(&refused)
+        );
+        let seeds = format!("{seeds} --overwrite");
         assert!(succeed(&mut place.rank(0, 1, 0, &seeds)).contains("8 are still missing, of part 2/3, 3/3"));
         assert!(part("2/3", "").contains("2 are still missing, of part 1/3"));
         part("1/3", "--overwrite");
         same("parts");
-        let again = place.rank(0, 1, 0, &line("2/3", "")).output().unwrap();
-        assert!(text(&again).contains("latents.safetensors exists; give --overwrite"), "{}", text(&again));
+        assert!(part("2/3", "").contains("images are there"));
+        same("parts");
         // It is there already, and stays; of another model under the same name it is none.
         part("2/3", "--overwrite");
         same("parts");
         let weights = fs::read(&path).unwrap();
-        save(&path, &other.net.config, &meta, &other.table, &other.weights, Stored::F32).unwrap();
+        other.save(&path, Stored::F32).unwrap();
         assert!(part("2/3", "--overwrite").contains("6 are still missing, of part 1/3, 3/3"));
         assert!(place.path(&name("parts")).join("latents-2-of-3.safetensors").exists());
         part("1/3", "--overwrite");

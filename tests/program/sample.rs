@@ -19,7 +19,7 @@ use edm2k::condition::vocabulary::{Tag, Vocabulary, VocabularyError};
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::npy;
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
-use edm2k::model::file::{ImageSpace, Model, Stored, save};
+use edm2k::model::file::{ImageSpace, Model, Stored};
 use edm2k::model::{Config, Precond};
 use edm2k::params::ParamTable;
 use edm2k::pictures::{Picture, png};
@@ -498,7 +498,7 @@ impl Bench {
         change(&mut model);
         model.meta.vocabulary = ["cat", "dog", "heart", "red", "smiling face"].map(String::from).to_vec();
         let path = dir.path().join("m.safetensors");
-        save(path, &model.net.config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
+        model.save(path, Stored::F32).unwrap();
         Self { dir }
     }
 
@@ -596,8 +596,7 @@ fn what_is_there_is_not_made_again_and_the_rest_is_the_same() {
     second.meta.vocabulary = Model::load(bench.path("m.safetensors")).unwrap().meta.vocabulary;
     second.weights.iter_mut().flatten().for_each(|w| *w *= 1.5);
     let before = fs::read(bench.path("m.safetensors")).unwrap();
-    save(bench.path("m.safetensors"), &second.net.config, &second.meta, &second.table, &second.weights, Stored::F32)
-        .unwrap();
+    second.save(bench.path("m.safetensors"), Stored::F32).unwrap();
     bench.fails(&format!("--outdir a {arguments}"), &other("hashes.model is "));
     fs::write(bench.path("m.safetensors"), before).unwrap();
     go_on("a", all);
@@ -883,8 +882,7 @@ fn conditions_of_another_vocabulary_are_refused() {
     run("prepare --images images --metadata same.jsonl --out dense --size 16x16 --features f.safetensors").success();
     let (mut model, _) = tiny();
     model.meta.conditioning = Dataset::open(&bench.path("dense"), Split::Train).unwrap().header().conditioning.clone();
-    save(bench.path("f-m.safetensors"), &model.net.config, &model.meta, &model.table, &model.weights, Stored::F32)
-        .unwrap();
+    model.save(bench.path("f-m.safetensors"), Stored::F32).unwrap();
     let doubts = |line: &str, name: &str| {
         let said = run(line).success().get_output().stderr.clone();
         String::from_utf8_lossy(&said).contains(&format!("warning: {name}: nobody said what made its features"))
@@ -898,8 +896,7 @@ fn conditions_of_another_vocabulary_are_refused() {
     assert!(doubts(&invent, "f-c.safetensors"));
     // Of the dataset that a model learned from they are what it knows.
     model.meta.data = Dataset::open(&bench.path("dense"), Split::Train).unwrap().fingerprint();
-    save(bench.path("f-m.safetensors"), &model.net.config, &model.meta, &model.table, &model.weights, Stored::F32)
-        .unwrap();
+    model.save(bench.path("f-m.safetensors"), Stored::F32).unwrap();
     assert!(!doubts(&row.replace(" f ", " h "), "dense") && !doubts(eval, "dense"));
     bench.sample("--outdir b --conditions same-c.safetensors").success();
     bench.sample("--outdir c --random-conditions 1 --condition-model same.safetensors").success();
@@ -1200,7 +1197,7 @@ fn latents_are_kept_as_they_are() {
     let config = Config { img_channels: 4, ..tiny().0.net.config };
     let model = Model::init(&config, 1).unwrap();
     let path = bench.path("m.safetensors");
-    save(path, &config, &model.meta, &model.table, &model.weights, Stored::F16).unwrap();
+    model.save(path, Stored::F16).unwrap();
     bench
         .sample("--outdir o --seeds 1,9 --save-steps --size 8x12")
         .success()
@@ -1220,7 +1217,7 @@ fn latents_begin_from_latents_and_from_pictures_that_the_codec_encodes() {
     let config = Config { img_channels: 4, ..tiny().0.net.config };
     let mut model = Model::init(&config, 1).unwrap();
     model.meta.encoder = ImageSpace::SdVae;
-    save(bench.path("m.safetensors"), &config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
+    model.save(bench.path("m.safetensors"), Stored::F32).unwrap();
     autoencoder::write(&bench.path("vae.safetensors"), &autoencoder::sd_vae(&[32, 32], 1));
     let picture = Picture::new(32, 32, (0..32 * 32 * 3).map(|i| (i * 7 % 256) as u8).collect());
     picture.save(&bench.path("a.png"), &[]).unwrap();

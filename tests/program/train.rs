@@ -855,7 +855,7 @@ fn fine_tuning_names_the_parameters_that_start_afresh() {
     let config = edm2k::model::Config { label_dim: 11, ..settings(&place.open("data", Split::Train)).config };
     let old = Model::init(&config, 77).unwrap();
     let init = place.path("init.safetensors");
-    edm2k::model::file::save(&init, &config, &old.meta, &old.table, &old.weights, Stored::F16).unwrap();
+    old.save(&init, Stored::F16).unwrap();
     // The learning rate of the first step of a ramp is zero: what is saved is where it began.
     let options = format!("--duration 8 --batch 8 --rampup 8 --grid 0 --init {}", init.display());
     let said = succeed(&mut place.train("run", &options));
@@ -1499,8 +1499,7 @@ fn what_a_run_started_from_is_recognised_by_its_content_and_not_needed_to_go_on(
     let save = |name: &str, seed: u64| {
         let mut model = Model::init(&config, seed).unwrap();
         model.meta.vocabulary = (2..10).map(|i| format!("t{i}")).collect();
-        edm2k::model::file::save(place.path(name), &config, &model.meta, &model.table, &model.weights, Stored::F16)
-            .unwrap();
+        model.save(place.path(name), Stored::F16).unwrap();
     };
     save("start.safetensors", 1);
     let said = succeed(&mut train_on(&place, "set", "run", "--duration 8 --init start.safetensors"));
@@ -1557,7 +1556,7 @@ fn a_path_that_is_not_utf8_can_be_started_from() {
     let config = settings(&place.open("data", Split::Train)).config;
     let model = Model::init(&config, 1).unwrap();
     let path = place.path("").join(std::ffi::OsStr::from_bytes(b"bad\xff.safetensors"));
-    edm2k::model::file::save(&path, &config, &model.meta, &model.table, &model.weights, Stored::F16).unwrap();
+    model.save(&path, Stored::F16).unwrap();
     let run = |duration: &str| {
         let mut command = train_on(&place, "data", "run", duration);
         succeed(command.arg("--init").arg(&path))

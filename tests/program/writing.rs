@@ -13,7 +13,6 @@ use std::thread;
 
 use crate::common::place::{self, Place};
 use edm2k::formats::{AtomicFile, Claim, DirLock, LockError, write_atomically};
-use edm2k::model::file::save;
 use edm2k::model::{Config, Model, Stored};
 
 fn names(dir: &Path) -> Vec<String> {
@@ -174,7 +173,7 @@ fn place() -> Place {
     let config: Config = serde_json::from_str(config).unwrap();
     let mut model = Model::init(&config, 1).unwrap();
     model.meta.source = "a\nedm2k: all is well\u{1b}[2J".into();
-    save(place.path("m"), &config, &model.meta, &model.table, &model.weights, Stored::F32).unwrap();
+    model.save(place.path("m"), Stored::F32).unwrap();
     place
 }
 

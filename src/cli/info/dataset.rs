@@ -35,6 +35,9 @@ pub struct DatasetInfo {
     vocabulary: Vec<String>,
     /// Whether tags have other names in the vocabulary's file than when the shards were made.
     renamed: bool,
+    /// What [`Dataset::doubt`] says of the splits.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    doubts: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     checked: Option<Checked>,
     /// A zip of EDM2's.
@@ -48,29 +51,26 @@ pub struct Checked {
     shards: usize,
     /// How many of these have no checksums, since an older version wrote them; only their small parts were looked at.
     unknown: usize,
-    /// What [`Dataset::doubt`] says of the splits.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    doubts: Vec<String>,
 }
 
 impl DatasetInfo {
     /// Opens every split that the directory has.
     pub fn open(dir: &Path, check: bool) -> anyhow::Result<Self> {
         let archive = dir.is_file();
-        let mut info =
-            Self { kind: "dataset", parts: vec![], vocabulary: vec![], renamed: false, checked: None, archive };
+        let (parts, vocabulary, doubts) = (vec![], vec![], vec![]);
+        let mut info = Self { kind: "dataset", parts, vocabulary, renamed: false, doubts, checked: None, archive };
         let mut nothing = None;
         for split in Split::ALL {
             match Dataset::open(dir, split) {
                 Ok(data) => {
                     info.vocabulary = data.vocabulary().tags().iter().map(|tag| tag.tag.clone()).collect();
                     info.renamed |= data.renamed();
+                    info.doubts.extend(data.doubt());
                     if check {
                         let checked = info.checked.get_or_insert_default();
                         let before = checked.shards;
                         let known = data.check(&mut || checked.shards += 1)?;
                         checked.unknown += checked.shards - before - known;
-                        checked.doubts.extend(data.doubt());
                     }
                     let header = data.header().clone();
                     let named = |([height, width], images): ([usize; 2], usize)| Bucket {
@@ -98,12 +98,13 @@ impl DatasetInfo {
     /// One shard, of which the caller has the header already.
     pub fn of_shard(file: &SafeFile, header: Header, check: bool) -> anyhow::Result<Self> {
         let checked = match check {
-            true => Some(Checked { shards: 1, unknown: usize::from(!check_whole(file)?), ..Checked::default() }),
+            true => Some(Checked { shards: 1, unknown: usize::from(!check_whole(file)?) }),
             false => None,
         };
         let name = file.path().file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let part = SplitReport { name, images: header.count, header, buckets: Vec::new() };
-        Ok(Self { kind: "shard", parts: vec![part], vocabulary: vec![], renamed: false, checked, archive: false })
+        let (parts, vocabulary, doubts) = (vec![part], vec![], vec![]);
+        Ok(Self { kind: "shard", parts, vocabulary, renamed: false, doubts, checked, archive: false })
     }
 
     pub fn show(&self, json: bool) -> anyhow::Result<()> {
@@ -151,14 +152,14 @@ impl DatasetInfo {
             let renamed = if self.renamed { ", renamed since the shards were made" } else { "" };
             out!("vocabulary     {} tags{renamed}: {}", self.vocabulary.len(), head(&self.vocabulary));
         }
-        if let Some(Checked { shards, unknown, doubts }) = &self.checked {
+        self.doubts.iter().for_each(|doubt| out!("warning        {doubt}"));
+        if let Some(Checked { shards, unknown }) = &self.checked {
             let unknown = if *unknown > 0 { format!(", {unknown} of them without checksums") } else { String::new() };
             match (shards, self.archive) {
                 (_, true) => out!("checked        the archive is whole"),
                 (1, _) => out!("checked        the shard is whole{unknown}"),
                 _ => out!("checked        {shards} shards are whole{unknown}"),
             }
-            doubts.iter().for_each(|doubt| out!("               {doubt}"));
         }
         Ok(())
     }

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::ops::Range;
 use std::panic::resume_unwind;
-use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::Instant;
@@ -170,37 +169,27 @@ fn make(resolved: &mut Resolved, args: &SampleArgs, out: &OutDir, ranks: &Ranks)
 pub fn draw(mut resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut Ranks) -> anyhow::Result<()> {
     let PartResult { pictures, latents, latent_steps, seconds, rate } = make(&mut resolved, args, out, ranks)?;
     let Resolved { pipeline, request, kept, part } = &resolved;
-    let mut about = pipeline.parameters(request);
     let [height, width] = pipeline.size(request);
     let shape = [height, width, pipeline.net().config.img_channels];
     let parts = Parts { request, part: *part, out, args };
     let pictures = match kept {
         OutputKind::Latents => Vec::new(),
-        _ => match parts.gathered(pictures, &about, ranks)? {
+        _ => match parts.gathered(pictures, &pipeline.parameters(request), ranks)? {
             Some(pictures) => pictures,
             None => return Ok(()),
         },
     };
-    // What is made of several images says so of them all.
     let shown = if *kept == OutputKind::Latents { request.seeds.len() } else { pictures.len() };
-    let conditions = &request.conditions[..shown.div_ceil(request.per_condition).min(request.conditions.len())];
-    let prints: Vec<_> = conditions.iter().map(|condition| condition.fingerprint().to_string()).collect();
-    about["per_condition"] = request.per_condition.into();
-    about["conditions"] = json!(conditions.iter().map(|condition| &condition.origin).collect::<Vec<_>>());
-    about["hashes"]["conditions"] = json!(Fingerprint::of(prints));
-    if !request.towards.is_empty() {
-        about["towards"] = json!(request.towards);
-    }
+    let mut about = about_several(&resolved, args, shown);
     let target = if *kept == OutputKind::Latents {
-        about["save_steps"] = args.save_steps.into();
-        let mut target = out.save_latents(&latents, &latent_steps, shape, &about)?;
-        drop((latents, latent_steps));
-        if part.of > 1 {
-            match parts.joined(&about, ranks)? {
-                Some(all) => target = all,
-                None => return Ok(()),
-            }
+        if !images_of(*part, request).all(|number| out.had(number)) {
+            out.save_latents(&latents, &latent_steps, shape, &about)?;
         }
+        drop((latents, latent_steps));
+        if part.of > 1 && !parts.joined(&about, ranks)? {
+            return Ok(());
+        }
+        let target = out.latents_path();
         out!("The images are latents, kept as they are; --vae FILE (an SD-VAE or a TAESD) makes pictures of them.");
         target
     } else {
@@ -221,6 +210,24 @@ pub fn draw(mut resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut
         false => out!("{images} are there: {target}"),
     }
     Ok(())
+}
+
+/// The parameters of the first images together, as a grid of them or the file of their latents carries them.
+pub fn about_several(resolved: &Resolved, args: &SampleArgs, images: usize) -> Value {
+    let Resolved { pipeline, request, kept, .. } = resolved;
+    let mut about = pipeline.parameters(request);
+    let conditions = &request.conditions[..images.div_ceil(request.per_condition).min(request.conditions.len())];
+    let prints: Vec<_> = conditions.iter().map(|condition| condition.fingerprint().to_string()).collect();
+    about["per_condition"] = request.per_condition.into();
+    about["conditions"] = json!(conditions.iter().map(|condition| &condition.origin).collect::<Vec<_>>());
+    about["hashes"]["conditions"] = json!(Fingerprint::of(prints));
+    if !request.towards.is_empty() {
+        about["towards"] = json!(request.towards);
+    }
+    if *kept == OutputKind::Latents {
+        about["save_steps"] = args.save_steps.into();
+    }
+    about
 }
 
 /// How many pictures make a grid, all as large as this one.
@@ -263,8 +270,8 @@ impl Parts<'_> {
         Ok(Some(pictures))
     }
 
-    /// The file of all latents, for the process that makes it.
-    fn joined(self, about: &Value, ranks: &mut Ranks) -> anyhow::Result<Option<PathBuf>> {
+    /// Makes the file of all latents, if this process is the one that does.
+    fn joined(self, about: &Value, ranks: &mut Ranks) -> anyhow::Result<bool> {
         let Self { request, part, out, .. } = self;
         let mut files = Vec::new();
         // A part that ended at the same moment may have joined them, this one's too; else the file is an older one.
@@ -283,7 +290,10 @@ impl Parts<'_> {
             Vec::new()
         };
         let ends = self.ends(ranks, &mut lacking)?;
-        Ok(if ends { Some(out.join_latents(files, about)?) } else { None })
+        if ends {
+            out.join_latents(files, about)?;
+        }
+        Ok(ends)
     }
 
     /// Whether this process finds all parts there, and so is to make of them what one process would make. That is rank
@@ -292,10 +302,14 @@ impl Parts<'_> {
         let Self { request, part, args, .. } = self;
         ranks.met().barrier()?;
         if !ranks.first() {
+            // Whether rank 0 finds all, which says so itself.
+            let complete = ranks.met().gather(&[])?[0] == [1];
+            ensure!(complete, "rank 0 does not find all images: do all ranks see {}?", args.outdir.display());
             return Ok(false);
         }
         let lacking: Vec<(Part, Vec<(usize, Lacking)>)> =
             Part::all(part.of).map(|part| (part, lacking(part))).filter(|(_, images)| !images.is_empty()).collect();
+        ranks.met().gather(&[u8::from(lacking.is_empty())])?;
         let Some((first, images)) = lacking.first() else { return Ok(true) };
         let (dir, count) = (args.outdir.display(), lacking.iter().map(|(_, images)| images.len()).sum::<usize>());
         ensure!(

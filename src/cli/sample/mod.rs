@@ -21,7 +21,7 @@ use super::say::note;
 mod draw;
 mod wanted;
 
-use draw::{draw, images_of};
+use draw::{about_several, draw, images_of};
 use wanted::wanted;
 
 /// Make images.
@@ -275,9 +275,15 @@ pub fn run(args: SampleArgs) -> anyhow::Result<()> {
         let resolved = resolve(&args, ranks)?;
         let Resolved { pipeline, request, kept, part } = &resolved;
         let mut out = OutDir::open(&args.outdir, args.overwrite, &request.seeds, *part).context("--outdir")?;
-        let common = pipeline.parameters(request);
-        let about = |number| request.about(&common, number);
-        out.claim(images_of(*part, request), *kept, about).context("--outdir")?;
+        let own = images_of(*part, request);
+        let claimed = match kept {
+            OutputKind::Latents => out.claim_latents(own, &about_several(&resolved, &args, request.seeds.len())),
+            _ => {
+                let common = pipeline.parameters(request);
+                out.claim(own, *kept == OutputKind::Steps, |number| request.about(&common, number))
+            }
+        };
+        claimed.context("--outdir")?;
         if ranks.first() {
             out.warning().iter().for_each(|warning| note!("warning: {warning}"));
         }

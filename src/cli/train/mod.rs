@@ -295,7 +295,8 @@ fn check_memory(args: &TrainArgs, config: &Config, data: &Dataset, on_gpu: bool)
     // Even if a GPU computes, images, weights and checkpoints pass through this machine's memory.
     let batch_gpu = args.batch_gpu.unwrap_or(1).min(args.batch.unwrap_or(u64::MAX));
     let all = memory::estimate(config, &table, height, width, batch_gpu, args.ema.len());
-    let host = 4 * table.iter().map(|(_, spec)| spec.numel() as u128).sum::<u128>()
+    let host = 32 * u128::from(args.batch.unwrap_or(0))
+        + 4 * table.iter().map(|(_, spec)| spec.numel() as u128).sum::<u128>()
         + 12 * u128::from(batch_gpu) * (height * width * channels) as u128;
     let needed = if on_gpu || args.dry_run { host } else { u128::from(all.parameters) + u128::from(all.activations) };
     edm2k::memory::check(format!("training with micro-batches of {batch_gpu}"), needed)?;

@@ -10,12 +10,14 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::super::{CollectiveError, World};
+use super::super::{CollectiveError, World, list};
 use super::{GREETING, MAX_TEXT};
 use crate::system;
 
 /// The first bytes of a call, so that nobody takes another service for a rank.
 const MAGIC: &[u8; 8] = b"edm2krnk";
+/// How long nothing is said of whom a rank waits for.
+const QUIET: Duration = Duration::from_secs(5);
 
 /// What a rank has once all have come.
 pub(super) struct Met {
@@ -91,7 +93,7 @@ fn listen(world: &World) -> Result<TcpListener, CollectiveError> {
 }
 
 /// Rank 0's side.
-pub(super) fn host(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
+pub(super) fn host(world: &World, limit: Duration, say: &mut dyn FnMut(&str)) -> Result<Met, CollectiveError> {
     let begun = Instant::now();
     let listener = listen(world)?;
     let broken = |cause: io::Error| CollectiveError::Address(format!("{}:{}: {cause}", world.address, world.port));
@@ -100,6 +102,7 @@ pub(super) fn host(world: &World, limit: Duration) -> Result<Met, CollectiveErro
     let mut come: Vec<[Option<TcpStream>; 2]> = (1..world.size).map(|_| [None, None]).collect();
     let mut names = vec![hello(world, false).name];
     names.resize(world.size, String::new());
+    let mut said = false;
     let (sender, callers) = channel::<(TcpStream, Hello)>();
     let result = loop {
         for (place, name) in come.iter_mut().zip(&mut names[1..]) {
@@ -111,9 +114,18 @@ pub(super) fn host(world: &World, limit: Duration) -> Result<Met, CollectiveErro
         if come.iter().flatten().all(Option::is_some) {
             break Ok(());
         }
+        let missing = || (1..world.size).filter(|rank| come[rank - 1].iter().any(Option::is_none)).collect::<Vec<_>>();
         if begun.elapsed() > limit {
-            let who: Vec<_> = (1..world.size).filter(|rank| come[rank - 1].iter().any(Option::is_none)).collect();
+            let who = missing();
             break Err(CollectiveError::Missing { missing: who.len(), size: world.size, who, limit });
+        }
+        if begun.elapsed() > QUIET && !said {
+            said = true;
+            let World { address, port, said_by, size, .. } = world;
+            say(&format!(
+                "waiting at {address}:{port} for {} ({said_by} says that there are {size} ranks)",
+                list(&missing())
+            ));
         }
         match listener.accept() {
             Ok((stream, _)) => {
@@ -194,9 +206,16 @@ fn fits(world: &World, caller: &Hello, come: &[[Option<TcpStream>; 2]], names: &
 }
 
 /// The side of the others.
-pub(super) fn call(world: &World, limit: Duration) -> Result<Met, CollectiveError> {
-    let World { rank, address, port, .. } = world;
+pub(super) fn call(world: &World, limit: Duration, say: &mut dyn FnMut(&str)) -> Result<Met, CollectiveError> {
+    let World { rank, address, port, said_by, size, .. } = world;
     let begun = Instant::now();
+    let mut said = false;
+    let mut waits = |whom: &str| {
+        if begun.elapsed() > QUIET && !said {
+            said = true;
+            say(&format!("waiting for {whom} at {address}:{port} ({said_by} says that there are {size} ranks)"));
+        }
+    };
     let dial = || -> io::Result<TcpStream> {
         let mut last = io::Error::new(ErrorKind::NotFound, "no such machine");
         for place in (&**address, *port).to_socket_addrs()? {
@@ -217,7 +236,10 @@ pub(super) fn call(world: &World, limit: Duration) -> Result<Met, CollectiveErro
                 let what = format!("rank {rank} found no rank 0 at {address}:{port} within {seconds} s: {cause}");
                 return Err(CollectiveError::Address(what));
             }
-            Err(_) => sleep(Duration::from_millis(100)),
+            Err(_) => {
+                waits("rank 0");
+                sleep(Duration::from_millis(100));
+            }
         }
     };
     let silent = |cause: &io::Error| matches!(cause.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut);
@@ -232,11 +254,16 @@ pub(super) fn call(world: &World, limit: Duration) -> Result<Met, CollectiveErro
         }
         _ => CollectiveError::Address(format!("{address}:{port}: {cause}")),
     };
-    // Rank 0 may have begun to wait later than this one.
-    link.set_read_timeout(Some(limit + GREETING)).map_err(failed)?;
     write_json(&link, &hello(world, false)).map_err(failed)?;
     let watch = dial().and_then(|watch| write_json(&watch, &hello(world, true)).map(|()| watch));
-    // Rank 0 may have ended since. Then it has said why, on whichever of the two sockets it heard first.
+    // Rank 0 answers once all have come.
+    link.set_read_timeout(Some(QUIET)).map_err(failed)?;
+    if link.peek(&mut [0]).is_err() {
+        waits("the others");
+    }
+    // It may have begun to wait later than this one.
+    link.set_read_timeout(Some(limit + GREETING)).map_err(failed)?;
+    // It may have ended since. Then it has said why, on whichever of the two sockets it heard first.
     let answer = read_json(&link).or_else(|cause| {
         let Ok(watch) = &watch else { return Err(cause) };
         if silent(&cause) {

@@ -51,6 +51,17 @@ enum Call {
     Broadcast = 3,
 }
 
+/// How long ranks wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// For all to come.
+    pub meet: Duration,
+    /// For others, at a time; none: as long as they are alive.
+    pub wait: Option<Duration>,
+    /// How long a rank that waits for nobody may go on once another is lost, to end what it writes.
+    pub alone: Duration,
+}
+
 /// Rank 0 with a socket to each other rank, or another one with one to rank 0.
 pub struct Star {
     world: World,
@@ -60,21 +71,21 @@ pub struct Star {
 }
 
 impl Star {
-    /// Meets the other ranks within `limit`. After that it waits for them for at most `longest` at a time, or for as long
-    /// as they are alive. If another rank is lost and this one does not end by itself, `on_lost` is called in a thread of
-    /// its own, with the name of the lost rank. It should end the process.
+    /// Meets the other ranks. If that takes long, `say` is told whom it waits for. If another rank is lost and this one does
+    /// not end by itself, `on_lost` is called in a thread of its own, with the name of the lost rank. It should end the
+    /// process.
     ///
     /// # Errors
     /// [`CollectiveError::Address`], [`CollectiveError::Unfit`], [`CollectiveError::Missing`].
     pub fn join(
         world: World,
-        limit: Duration,
-        longest: Option<Duration>,
+        patience: Patience,
+        say: &mut dyn FnMut(&str),
         on_lost: impl Fn(&str) + Send + Sync + 'static,
     ) -> Result<Self, CollectiveError> {
-        let met = if world.rank == 0 { host(&world, limit)? } else { call(&world, limit)? };
+        let met = if world.rank == 0 { host(&world, patience.meet, say)? } else { call(&world, patience.meet, say)? };
         let copies: io::Result<Vec<_>> = met.links.iter().map(TcpStream::try_clone).collect();
-        let begun = copies.and_then(|links| Ok((links, Watch::begin(world.rank, met, longest, on_lost)?)));
+        let begun = copies.and_then(|links| Ok((links, Watch::begin(world.rank, met, patience, on_lost)?)));
         let (links, watch) = begun.map_err(|cause| CollectiveError::Address(format!("sockets: {cause}")))?;
         Ok(Self { world, links, watch })
     }

@@ -1,7 +1,7 @@
 //! How ranks watch each other. A thread for each socket sends a sign of life every two seconds. A rank that dies closes its
 //! sockets, one that fails says why before, and a machine that is lost falls silent: rank 0 tells all others which rank it
-//! was. Then the sockets on which a rank waits are cut off. If that does not end the rank in ten seconds, `on_lost` is
-//! called.
+//! was. Then the sockets on which a rank waits are cut off. If the rank then waits for ten seconds more, or has work of its
+//! own for longer than [`Patience::alone`], `on_lost` is called.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -11,14 +11,16 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use super::meeting::Met;
-use super::{GREETING, MAX_TEXT};
+use super::{GREETING, MAX_TEXT, Patience};
 
 const BEAT: Duration = Duration::from_secs(2);
 const TICK: Duration = Duration::from_secs(1);
+/// How often it is looked whether a rank has ended.
+const LOOK: Duration = Duration::from_millis(100);
 /// Ticks without a sign of life until a rank is given up. Ticks are counted, not time: a process that was stopped for a
 /// while (a job that Slurm suspends) counts one tick for all of that.
 const SILENT: u32 = 30;
-/// How long a rank may take to end by itself once another is lost.
+/// How long a rank that waits for others may take to end by itself once one is lost.
 const GRACE: Duration = Duration::from_secs(10);
 
 /// What is known of those who are not there any more.
@@ -56,8 +58,7 @@ pub(super) struct Watch {
     begun: Instant,
     /// Since when this rank has been waiting for others, in milliseconds after `begun`; 0 if it is not waiting.
     waiting: AtomicU64,
-    /// Most time that it waits; none: as long as the others give signs of life.
-    longest: Option<Duration>,
+    patience: Patience,
     on_lost: Box<dyn Fn(&str) + Send + Sync>,
 }
 
@@ -66,7 +67,7 @@ impl Watch {
     pub fn begin(
         rank: usize,
         met: Met,
-        longest: Option<Duration>,
+        patience: Patience,
         on_lost: impl Fn(&str) + Send + Sync + 'static,
     ) -> io::Result<Arc<Self>> {
         let Met { links, watches, names } = met;
@@ -85,7 +86,7 @@ impl Watch {
             left: AtomicBool::new(false),
             begun: Instant::now(),
             waiting: AtomicU64::new(0),
-            longest,
+            patience,
             on_lost: Box::new(on_lost),
         });
         for number in 0..watch.peers.len() {
@@ -189,7 +190,7 @@ impl Watch {
             }
             let since = self.waiting.load(Ordering::Relaxed);
             let waited = waited.after(since, std::mem::replace(&mut looked, Instant::now()).elapsed());
-            if let Some(longest) = self.longest.filter(|longest| waited > *longest) {
+            if let Some(longest) = self.patience.wait.filter(|longest| waited > *longest) {
                 let own = &self.names[self.rank];
                 return self.lost(format!("{own} has waited {} s for the other ranks", longest.as_secs()));
             }
@@ -218,12 +219,15 @@ impl Watch {
         }
         self.reached.notify_all();
         self.cut();
-        let lost = Instant::now();
-        while lost.elapsed() < GRACE {
+        let (lost, mut waited) = (Instant::now(), Duration::ZERO);
+        while waited < GRACE && lost.elapsed() < self.patience.alone.max(GRACE) {
             if self.left.load(Ordering::SeqCst) {
                 return;
             }
-            sleep(Duration::from_millis(100));
+            sleep(LOOK);
+            if self.waiting.load(Ordering::Relaxed) > 0 {
+                waited += LOOK;
+            }
         }
         (self.on_lost)(&who);
     }
