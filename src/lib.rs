@@ -19,11 +19,11 @@
 //! [`backend`], which the CPU and GPUs implement. Everything else that is public is there for the command line and the
 //! tests. It is not meant for others and may change at any time.
 //!
-//! Examples that read `demo/` and `tests/` run in a checkout only, since the published crate has neither.
+//! Examples that read `demo/` and `tests/` run in a checkout only, since the package has neither.
 //!
 //! Features: `cuda` (NVIDIA GPUs), `onnx` (taggers and other networks for features), `cli` (the program `edm2k`), `serve`
 //! (its page and API), all on by default; `emulator` runs the CUDA kernels on the CPU, checked. A program that draws on
-//! GPUs needs `edm2k = { version = "0.1", default-features = false, features = ["cuda"] }`.
+//! GPUs needs `edm2k = { path = "...", default-features = false, features = ["cuda"] }`.
 //!
 //! # What it does to your process
 //!

@@ -37,9 +37,10 @@ Examples:
 
 Times are medians of repeated runs after one that warms up. Multiply-adds are EDM2's \"Gflops\",
 but for 1 % of those, which are elementwise. On the CPU, peak memory is that of the whole process
-up to the end of the measurement, weights included; training there is in f32. A training step
-includes Adam's moments but no moving averages; on a GPU it is two micro-batches. The limits of a
-card, a loop of its products and a copy of memory, are measured in the same run.";
+up to the end of the measurement, weights included. Training there is in f32, and also in bf16
+where that is faster. A training step includes Adam's moments but no moving averages; on a GPU it
+is two micro-batches. The limits of a card, a loop of its products and a copy of memory, are
+measured in the same run.";
 
 /// Measure forward passes and training steps of a network.
 #[derive(Args)]

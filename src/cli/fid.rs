@@ -33,11 +33,12 @@ const MOST_SIZES: usize = 64;
 #[derive(clap::Args)]
 #[command(group(clap::ArgGroup::new("images_of").required(true)), after_help = "\
 It is the Fréchet distance between the features of images that the model makes and of the
-dataset's, each set taken for a normal distribution: FID if NETWORK is Inception, FD-DINOv2 if it
-is DINOv2. NETWORK is given one image at a time, f32 [1, 3, H, W] or [1, H, W, 3], RGB from 0 to
-255; what else it wants (the range -1 to 1 of Inception, ImageNet's mean and deviation of DINOv2)
-must be part of it: put it in front when exporting. Images are resized to its height and width
-(bicubic); a network that leaves these open gets them as they are. Its only output is [1, D].
+dataset's. Each set is treated as a normal distribution. It is FID if NETWORK is Inception,
+FD-DINOv2 if it is DINOv2. NETWORK is given one image at a time, f32 [1, 3, H, W] or [1, H, W, 3],
+RGB from 0 to 255; what else it wants (the range -1 to 1 of Inception, ImageNet's mean and
+deviation of DINOv2) must be part of it: put it in front when exporting. Images are resized to its
+height and width (bicubic); a network that leaves these open gets them as they are. Its only output
+is [1, D].
 Image number i has seed i and the condition of the split's image i modulo their number. Latents of
 the dataset are shown as --vae decodes them. Numbers of other tools need their export, their
 sampler, and as many images: 50000 against the whole training split.
@@ -65,7 +66,7 @@ pub struct FidArgs {
     /// Which of its images
     #[arg(long, value_enum, default_value_t = Split::Validation)]
     split: Split,
-    /// Most of its images to look at: the first ones [default: all]
+    /// Use only the first N images of the split [default: all]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     images: Option<u32>,
     /// Images to make

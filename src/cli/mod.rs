@@ -47,7 +47,7 @@ pub struct DeviceArgs {
     /// What computes: auto (a GPU if there is one), cpu, cuda, cuda:N, emulated (slow; checks the kernels)
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: DeviceName,
-    /// Numbers of the network; default: f16 on a GPU, f32 on a CPU, where `sample` takes what is faster
+    /// Numbers of the network; default: f16 on a GPU; on a CPU f32, but in sample, serve and bench bf16 where it is faster
     #[arg(long, value_enum)]
     pub precision: Option<Numbers>,
     /// Sums of convolutions in f16 on a GPU: f32, or f16 in two levels; default: f16x2 on GeForce cards, f32 elsewhere

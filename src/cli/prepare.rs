@@ -85,8 +85,8 @@ pub struct PrepareArgs {
     /// Width and height of the dataset's images, in pixels [default with --danbooru: 512x704]
     #[arg(long, value_name = "WxH", value_parser = super::parse_size, group = "shape")]
     size: Option<[usize; 2]>,
-    /// Several sizes: each image gets the one that crops it least, or of those alike the one that resamples least, or
-    /// is listed first. Training takes images of one size at a time
+    /// Several sizes. Each image gets the size that crops it least; if equal, the one that resizes it least; then the first listed.
+    /// Training takes images of one size at a time
     #[arg(long, value_name = "WxH,...", value_delimiter = ',', value_parser = super::parse_size, conflicts_with = "size",
           group = "shape")]
     sizes: Vec<[usize; 2]>,

@@ -58,13 +58,13 @@ pub struct ServeArgs {
     /// Directory that all pictures are also written to
     #[arg(long, value_name = "DIR")]
     outdir: Option<PathBuf>,
-    /// Address or name of this machine, and port; a port alone is one of 127.0.0.1
+    /// Address (or host name) and port to listen on; a port alone means 127.0.0.1
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:7860", value_parser = parse_listen)]
     listen: Listen,
-    /// Name that it is reached by, beside addresses and localhost; repeatable
+    /// Another host name by which browsers may reach the server; repeatable
     #[arg(long = "host", value_name = "NAME")]
     hosts: Vec<String>,
-    /// What clients must know, 16 characters at least; better given as the variable EDM2K_TOKEN, which others do not see
+    /// Secret that clients must send, at least 16 characters; set EDM2K_TOKEN instead to hide it from other users
     #[arg(long, value_name = "TOKEN")]
     token: Option<String>,
     /// Images at a time, of one request or of several; changes speed and memory, not the images

@@ -28,16 +28,16 @@ use super::say::{self, note, out};
 /// Measure which tiles of the convolutions are the fastest on a GPU, for the sizes of one network.
 #[derive(Args)]
 #[command(after_help = "\
-A convolution is computed in tiles, and its sums in one or more parts. Which are the fastest is
-guessed by a model of the costs. This measures all that are worth it, for each size of product
-that the network has with so many images at a time, and keeps those that beat the guess by more
-than the noise, in the user's cache: a file for each card, driver and set of kernels. sample,
-train, serve and bench take it from there, for products of these very sizes. For networks of
-latents the decode by an SD-VAE is measured too. What was measured before for other sizes stays.
+A convolution is computed in tiles, and its sums in one or more parts. A model of the costs
+chooses them. This times the promising tiles for each matrix size of the network, and keeps those
+that are faster than the model's choice by more than the noise. They go into the user's cache: a
+file for each card, driver and set of kernels. sample, train, serve and bench take them from there,
+for products of these very sizes. For networks of latents the decode by an SD-VAE is measured too.
+What was measured before for other sizes stays.
 
 Another number of parts is another order of sums: pictures change within rounding, as on another
 card. With the same file they are the same, to the bit. Without the file, or with EDM2K_UNTUNED=1,
-they are those of the guess.
+the model chooses.
 
 Examples:
   edm2k tune                                        the sizes of EDM2-XS on latents of 64x88
@@ -62,7 +62,7 @@ pub struct TuneArgs {
     /// Measure training too, with so many images at a time, as of `train`
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     batch_gpu: Option<u16>,
-    /// Times that each choice is measured; the fastest and the guess three times as often
+    /// Measurements of each choice; the fastest and the model's are measured three times as often
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..))]
     repeats: u16,
     /// Measure, and write nothing

@@ -81,8 +81,8 @@ impl Domain {
         Self { width, meaning, ..Self::default() }
     }
 
-    /// Checks that conditions, or images with conditions, which messages call `name`, can be given to a model: one that takes
-    /// conditions needs them, to one that takes none they do no harm.
+    /// Checks that conditions, or images with conditions (`name` in messages), suit a model. A model that takes conditions needs
+    /// matching ones; for a model that takes none, any will do.
     ///
     /// # Errors
     /// The first known difference.

@@ -119,7 +119,7 @@ pub struct Step<'a> {
 debug!(Step<'_> { first, images, index, of, sigma });
 
 impl Step<'_> {
-    /// What the network takes the images for so far, [images, height, width, channels].
+    /// The network's current estimate of the finished images, [images, height, width, channels].
     ///
     /// # Errors
     /// The device's.

@@ -1,6 +1,6 @@
 //! Training batches: images, mirrored or not, with which noise and labels.
 //!
-//! The images of a batch are made on all threads: one alone makes 1,500 latents of 64x88 a second, and a card may take more.
+//! The images of a batch are made on all threads, as a card may take more than one thread makes (docs/measured.md).
 //! Everything random is a function of the run's seed and the image's number in the run, as is which image that is
 //! ([`order`](super::order)).
 

@@ -272,8 +272,8 @@ mod on_the_command_line {
         use crate::common::command::printed;
         use edm2k::backend::gpu::conv::{ConvShape, Fprop};
         use edm2k::backend::gpu::emulated::{Build, Emulated, Emulator};
+        use edm2k::model::Model;
         use edm2k::model::file::Stored;
-        use edm2k::model::{Model, ModelMeta};
         use edm2k::tuning;
 
         let dir = tempfile::tempdir().unwrap();

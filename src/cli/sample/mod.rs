@@ -100,8 +100,8 @@ pub struct SampleArgs {
     /// - is standard input
     #[arg(long, value_name = "FILE", help_heading = "Conditions")]
     prompts: Option<PathBuf>,
-    /// Tags, or of a class-conditional model a class, to guide away from, instead of from no condition; prompts without a
-    /// negative of their own get it too
+    /// Tags (or a class, for a class-conditional model) to guide away from [default: from no condition]; also used for prompts
+    /// that have no negative
     #[arg(long, value_name = "TAGS|CLASS", help_heading = "Conditions")]
     negative: Option<String>,
     /// Class of a class-conditional model: its number, a name of --class-names, or "random", which is another one for each
@@ -164,8 +164,8 @@ pub struct SampleArgs {
     /// Network to guide away from (autoguidance) [default: the model without its condition]
     #[arg(long, value_name = "FILE", help_heading = "Sampler")]
     gnet: Option<PathBuf>,
-    /// Solver, steps and guidance that EDM2's authors used, unless they are given too: edm2-img512-s-fid, also xs, m, l, xl, xxl,
-    /// img64, guid-fid, autog-fid, uncond-autog-fid, and dino for fid; says which files they are for
+    /// Solver, steps and guidance of EDM2's authors, such as edm2-img512-s-autog-fid, unless they are given too; a wrong name lists
+    /// all. Prints which files it is meant for
     #[arg(long, value_name = "NAME", value_parser = preset, help_heading = "Sampler")]
     preset: Option<SamplingPreset>,
     #[command(flatten)]
@@ -198,7 +198,7 @@ pub struct SamplerArgs {
     /// Highest noise level
     #[arg(long, value_name = "SIGMA", default_value_t = SamplerConfig::default().sigma_max, help_heading = "Sampler")]
     sigma_max: f64,
-    /// How much the noise levels crowd at the low end
+    /// Spacing of the noise levels; larger = more of them at low noise
     #[arg(long, value_name = "RHO", default_value_t = SamplerConfig::default().rho, help_heading = "Sampler")]
     rho: f64,
     /// Noise added back over all steps; for heun and euler

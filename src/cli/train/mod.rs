@@ -67,9 +67,9 @@ pub struct TrainArgs {
     /// Images per optimizer step [default: the preset's, or 128]
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     batch: Option<u64>,
-    /// Images at a time; less needs less memory [default: as before in a run that goes on, else the preset's, or what fits into
-    /// 1 GiB of activations, on a GPU 4 GiB; of that a half, a quarter, ..., until it fits into the card's free memory]. Where
-    /// memory runs out all the same, the run goes on with half as many
+    /// Images at a time on one device; fewer need less memory [default: as before when a run is resumed; else the preset's; else
+    /// what fits into 1 GiB of activations, 4 GiB on a GPU, halved until the card has room]. If memory runs out, the run goes
+    /// on with half as many
     #[arg(long, value_name = "IMAGES", value_parser = parse_images)]
     batch_gpu: Option<u64>,
     /// Reference learning rate [default: the preset's, or 0.01]
@@ -100,7 +100,7 @@ pub struct TrainArgs {
     /// Images after which --cond-dropout begins
     #[arg(long, value_name = "IMAGES", value_parser = parse_images, default_value = "0")]
     cond_dropout_from: u64,
-    /// Share of the activations that are zeroed before each block's second convolution [default: the preset's; 0]
+    /// Share of the activations that are zeroed before each block's second convolution [default: the preset's, or 0]
     #[arg(long, value_name = "SHARE")]
     dropout: Option<f64>,
     /// Mirror half of the images that the dataset allows it for
@@ -402,7 +402,8 @@ fn of_conditions(settings: &Settings) -> Option<&'static str> {
         0 => None,
         _ if drops_all => Some("warning: --cond-dropout 1 drops every condition, so the model learns none"),
         _ if settings.cond_dropout_of(settings.duration.saturating_sub(1)) == 0.0 => Some(
-            "every image keeps its condition, so the model can be drawn from without guidance only (--cond-dropout)",
+            "every image keeps its condition (--cond-dropout): the model will not learn to draw without one, so `sample` will \
+             use no guidance",
         ),
         _ => None,
     }
