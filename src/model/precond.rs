@@ -86,7 +86,8 @@ impl Precond {
     }
 
     /// D(x; sigma, labels) for noisy images `x` [n, h, w, c], noise levels `sigma` [n, 1, 1, 1] and labels
-    /// [n, 1, 1, label_dim] (none = zeros: the unconditional prediction). The backend must hold normalised weights
+    /// [n, 1, 1, label_dim] (none = zeros: the unconditional prediction; of fewer images, a divisor of n, they are taken in
+    /// turn). The backend must hold normalised weights
     /// ([`Model::load_into`](super::Model::load_into)), and sigma must be above 0.
     ///
     /// # Panics
@@ -123,7 +124,9 @@ impl Precond {
         assert_eq!(rest, [1; 3], "noise levels are [n, 1, 1, 1]");
         if let Some(labels) = labels {
             assert!(self.config.label_dim > 0, "the network takes no labels");
-            assert_eq!(b.shape(labels), [n, 1, 1, self.config.label_dim], "labels are [n, 1, 1, label_dim]");
+            let [given, rest @ ..] = b.shape(labels);
+            assert_eq!(rest, [1, 1, self.config.label_dim], "labels are [n, 1, 1, label_dim]");
+            assert!(given > 0 && n.is_multiple_of(given), "labels of {given} images, and {n} noise levels");
         }
         let embedding = b.embed(&self.embed, sigma, labels);
         let scales = b.emb_scales(self.unet.emb_layers(), &embedding.emb);
@@ -149,7 +152,7 @@ impl Precond {
     fn check_images<B: NetworkBackend>(&self, b: &B, x: &B::Tensor, sigma: &B::Tensor) {
         let ([images, h, w, c], [n, ..]) = (b.shape(x), b.shape(sigma));
         assert_eq!(c, self.config.img_channels, "channels of the images [n, h, w, c]");
-        assert!(images > 0 && n % images == 0, "{images} images, and {n} noise levels");
+        assert!(images > 0 && n.is_multiple_of(images), "{images} images, and {n} noise levels");
         self.config.check_size(h, w).expect("a size of images that the network takes");
     }
 

@@ -36,12 +36,13 @@ pub use images::Timings;
 pub use images::{Image, Images, Step};
 #[doc(hidden)]
 pub use output::{Lacking, OutDir, OutputError, OutputKind};
+use request::check_conditions;
 pub use request::{Beginning, FewSeeds, NotTwo, Request};
 pub use viewer::Viewer;
 #[cfg(feature = "serve")]
 pub(crate) use {images::infotext, request::enough_seeds};
 
-use crate::backend::{BackendError, NetworkBackend};
+use crate::backend::{BackendError, NetworkBackend, Shape};
 use crate::codec::{CodecError, CodecFile, LATENTS};
 use crate::condition::classes::Classes;
 use crate::condition::tagger::Tagger;
@@ -76,6 +77,8 @@ pub enum PipelineError {
     Pixels(String),
     #[error("condition {number} has {found} values, expected the model's {expected}")]
     ConditionWidth { number: usize, found: usize, expected: usize },
+    #[error("condition {number} has a value that is no finite number")]
+    ConditionValue { number: usize },
     #[error("{found} seeds to go towards, expected one for each of the {expected} images")]
     Towards { found: usize, expected: usize },
     #[error("{}: {why}", path.display())]
@@ -360,6 +363,50 @@ impl Pipeline {
         &self.files
     }
 
+    /// The network by itself, for a solver of one's own: D(x; sigma) of noisy images x [n, height, width, channels] at their
+    /// noise levels sigma `[n]`, each under its condition; without conditions, all under none.
+    ///
+    /// ```
+    /// use edm2k::{Device, Pipeline};
+    ///
+    /// let mut pipeline = Pipeline::load(&Device::open("cpu")?, "demo/emoji.safetensors")?;
+    /// let conditions = [pipeline.tags("green, heart", 0)?];
+    /// let (levels, mut x) = ([80.0, 20.0, 5.0, 1.0, 0.2, 0.0], vec![0.0; 32 * 32 * 3]);
+    /// // Noise of standard deviation 80; a program would draw its own.
+    /// x.iter_mut().enumerate().for_each(|(i, x)| *x = 80.0 * 1.4 * ((i * i) as f32).sin());
+    /// for (sigma, next) in levels.iter().zip(&levels[1..]) {
+    ///     let denoised = pipeline.denoise([32, 32], &x, &[*sigma], &conditions)?;
+    ///     // Euler's method: dx/dsigma = (x - D(x; sigma)) / sigma.
+    ///     x.iter_mut().zip(denoised).for_each(|(x, d)| *x += (next - sigma) * (*x - d) / sigma);
+    /// }
+    /// // An emoji on white: values of -1 to 1.
+    /// assert!(x.iter().all(|x| x.abs() < 1.5) && x[..96].iter().all(|&corner| corner > 0.8));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// A size or a condition that the model does not take; the device's.
+    ///
+    /// # Panics
+    /// If x does not have as many values as the noise levels say, or there is another number of conditions.
+    pub fn denoise(
+        &mut self,
+        [height, width]: [usize; 2],
+        x: &[f32],
+        sigma: &[f32],
+        conditions: &[Condition],
+    ) -> Result<Vec<f32>, PipelineError> {
+        let (config, n) = (&self.net.config, sigma.len());
+        config.check_size(height, width).map_err(SampleError::from)?;
+        let shape = [n, height, width, config.img_channels];
+        assert_eq!(x.len(), shape.iter().product::<usize>(), "values of x [n, height, width, channels]");
+        assert!(conditions.is_empty() || conditions.len() == n, "{} conditions of {n} images", conditions.len());
+        check_conditions(conditions, config.label_dim)?;
+        let labels: Vec<f32> = conditions.iter().flat_map(|condition| condition.values.iter().copied()).collect();
+        let labels = Some(&labels[..]).filter(|labels| !labels.is_empty());
+        Ok(self.networks.placed(&self.device)?.denoise(shape, x, sigma, labels)?)
+    }
+
     /// Makes all images of a request.
     ///
     /// # Errors
@@ -440,6 +487,15 @@ trait PlacedNetwork {
         config: &SamplerConfig,
         observer: Option<&mut Observer>,
     ) -> Result<Vec<f32>, SampleError>;
+
+    /// See [`Precond::denoise`].
+    fn denoise(
+        &mut self,
+        shape: Shape,
+        x: &[f32],
+        sigma: &[f32],
+        labels: Option<&[f32]>,
+    ) -> Result<Vec<f32>, BackendError>;
 }
 
 /// The network, and what guides it: in this machine's memory until they are on the device.
@@ -487,6 +543,20 @@ impl<B: NetworkBackend> PlacedNetwork for Placed<B> {
         };
         let observe: &mut Observe<B> = &mut observe;
         sampler.run(batch, config, Some(observe))
+    }
+
+    fn denoise(
+        &mut self,
+        shape: Shape,
+        x: &[f32],
+        sigma: &[f32],
+        labels: Option<&[f32]>,
+    ) -> Result<Vec<f32>, BackendError> {
+        let (b, n) = (&mut self.backend, shape[0]);
+        let mut inputs = vec![b.upload(shape, x), b.upload([n, 1, 1, 1], sigma)];
+        inputs.extend(labels.map(|labels| b.upload([n, 1, 1, labels.len() / n], labels)));
+        let denoised = self.net.planned(b, &inputs)?;
+        b.download(&denoised)
     }
 }
 

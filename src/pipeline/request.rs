@@ -102,14 +102,7 @@ impl Request {
             }
         }
         enough_seeds(self.conditions.len(), self.per_condition, self.seeds.len())?;
-        let expected = label_dim;
-        for (number, Condition { values, away, .. }) in self.conditions.iter().enumerate() {
-            if let Some(wrong) =
-                [Some(values), away.as_ref()].into_iter().flatten().find(|values| values.len() != expected)
-            {
-                return Err(PipelineError::ConditionWidth { number, found: wrong.len(), expected });
-            }
-        }
+        check_conditions(&self.conditions, label_dim)?;
         let (found, expected) = (self.towards.len(), self.seeds.len());
         if found > 0 && found != expected {
             return Err(PipelineError::Towards { found, expected });
@@ -124,6 +117,21 @@ impl Request {
             _ => Ok(()),
         }
     }
+}
+
+/// Checks that conditions are vectors of the network's width.
+pub(super) fn check_conditions(conditions: &[Condition], expected: usize) -> Result<(), PipelineError> {
+    for (number, Condition { values, away, .. }) in conditions.iter().enumerate() {
+        for values in [Some(values), away.as_ref()].into_iter().flatten() {
+            if values.len() != expected {
+                return Err(PipelineError::ConditionWidth { number, found: values.len(), expected });
+            }
+            if !values.iter().all(|value| value.is_finite()) {
+                return Err(PipelineError::ConditionValue { number });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Fails if the seeds do not reach the last of the conditions, of which each takes `per_condition`.
