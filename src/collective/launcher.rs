@@ -198,6 +198,16 @@ mod tests {
         World::of(get).map_err(|why| why.to_string())
     }
 
+    #[test]
+    fn variables_of_one_rank_count_after_those_of_several() {
+        let torchrun = [("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "1")];
+        let mpi = ["RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"].map(|name| format!("OMPI_COMM_WORLD_{name}"));
+        let mpi: Vec<_> = mpi.iter().map(String::as_str).zip(["1", "2", "1", "2"]).collect();
+        assert_eq!(world(&torchrun), Ok(None));
+        let both = world(&[&torchrun[..], &mpi].concat()).unwrap().unwrap();
+        assert_eq!((both.rank, both.size, both.said_by), (1, 2, "OMPI_COMM_WORLD_SIZE"));
+    }
+
     fn found(variables: &[(&str, &str)]) -> (usize, usize, usize, String, u16) {
         let World { rank, size, local, address, port, .. } = world(variables).unwrap().unwrap();
         (rank, size, local, address, port)

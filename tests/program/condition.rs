@@ -297,13 +297,20 @@ fn a_training_that_makes_no_sense_is_refused() {
     }
 }
 
+/// A vocabulary with another name for its first tag.
+fn vocabulary_with(known: &Vocabulary, name: &str) -> Vocabulary {
+    let mut tags = known.tags().to_vec();
+    tags[0].tag = name.into();
+    Vocabulary::new(tags).unwrap()
+}
+
 #[test]
 fn a_training_that_was_saved_goes_on_to_the_same_bits() {
     let dir = tempfile::tempdir().unwrap();
     let (progress, path) = (dir.path().join("p"), dir.path().join("c.safetensors"));
     let tagged = scenes();
     let dense = features(&tagged, 12);
-    for rows in [scenes(), Rows { kind: ConditionKind::Features, dense, ..tagged }] {
+    for mut rows in [scenes(), Rows { kind: ConditionKind::Features, dense, ..tagged }] {
         let how = LearningSettings { latent: 4, hidden: 8, epochs: 4, batch: 32, ..LearningSettings::default() };
         let bytes = |vae: Vae| {
             vae.save(&path).unwrap();
@@ -343,6 +350,10 @@ fn a_training_that_was_saved_goes_on_to_the_same_bits() {
         fs::write(&progress, &good[..good.len() / 2]).unwrap();
         refused(&rows, &how, "damaged: ");
         fs::write(&progress, &good).unwrap();
+        let mut renamed = vocabulary_with(&rows.vocabulary, "renamed");
+        std::mem::swap(&mut renamed, &mut rows.vocabulary);
+        refused(&rows, &how, "of a training with another vocabulary");
+        rows.vocabulary = renamed;
         let Rows { mut tags, vocabulary, dense, .. } = rows;
         let width = dense.len() / tags.len();
         tags.pop();

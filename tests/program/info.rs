@@ -280,6 +280,16 @@ fn runs_and_checkpoints_tell_how_far_they_are() {
         lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64()).next_back();
     assert_eq!((about["kind"].as_str(), about["latest"]["loss"].as_f64()), (Some("run"), loss));
 
+    info(&[shown, "--size", "8x8"]).failure().stderr(contains("--size goes with a model or a --preset"));
+    // What was no number in the newest line is not known by an older one.
+    let stats = run.join("stats.jsonl");
+    fs::write(&stats, format!("{lines}{{\"nimg\":16,\"loss\":\"x\"}}\nnonsense\n")).unwrap();
+    info(&[shown])
+        .success()
+        .stdout(contains("damaged        stats.jsonl: 1 line is no statistics"))
+        .stdout(contains("\nloss ").not());
+    fs::write(&stats, &lines).unwrap();
+
     let newest = run.join("checkpoint-000000016.safetensors");
     let name = newest.to_str().unwrap();
     info(&[name]).success().stdout(contains("computed on    the CPU")).stdout(contains("model_channels"));

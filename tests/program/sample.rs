@@ -793,6 +793,19 @@ fn a_pipeline_tells_what_is_wrong_apart() {
     assert!(Condition::mix(&[(a.clone(), 1.0), (b.clone(), 1.0)]).unwrap_err().to_string().contains(widths));
     let row = Request { conditions: vec![a.clone(), b], ..Request::default() }.interpolated(3);
     assert!(row.unwrap_err().to_string().contains(widths));
+    let nan = vec![Condition::new(vec![1.0, 1.0, f32::NAN, 0.0, 0.0], [])];
+    refused(
+        Request { conditions: nan, seeds: vec![0], ..Request::default() },
+        "condition 0 has a value that is no finite number",
+    );
+    // Only the ratio of weights counts.
+    let mixed = |weights: [f64; 2]| {
+        let [a, b] = [[1.0, 0.0], [0.0, 1.0]].map(|values| Condition::new(values.to_vec(), []));
+        Condition::mix(&[(a, weights[0]), (b, weights[1])]).unwrap().values
+    };
+    for size in [1e-300, 1e-45, 1e39, 1e300] {
+        assert_eq!(mixed([3.0 * size, -4.0 * size]), [0.6, -0.8], "{size:e}");
+    }
     let one = "one of two conditions has a negative and the other none, expected both or neither";
     assert_eq!(Condition::between(&a, &a.clone().away_from(&a), 0.5).unwrap_err().to_string(), one);
     assert!(matches!(pipeline.with_codec("none"), Err(PipelineError::NoLatents { .. })));

@@ -993,9 +993,17 @@ fn a_stop_ends_what_runs_and_tells_those_who_wait() {
     assert!(started.elapsed() < Duration::from_secs(5), "it took {:?} to stop", started.elapsed());
     let answer = waiting.join().unwrap();
     assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("the server stopped"), "{answer}");
-    // Numbers go on, so that nothing is replaced.
+    // Numbers go on, so that nothing is replaced. One that no job can have does not count.
+    fs::write(place.path("kept/18446744073709551615-1.png"), "mine").unwrap();
     let server = place.serve("--model m.safetensors --outdir kept");
     assert_eq!(server.post("/api/v1/generate", &json!({})).expect(202)["id"], 2);
+    // A picture that cannot be written says so.
+    fs::write(place.path("kept/000003-000007.png"), "mine").unwrap();
+    let job = server.post("/api/v1/generate?wait=true", &json!({"seeds": "7-8"})).expect(200);
+    let unwritten = |index: usize| job["pictures"][index]["unwritten"].as_str();
+    assert!(unwritten(0).unwrap().starts_with("000003-000007.png: "), "{job}");
+    assert_eq!((unwritten(1), fs::read(place.path("kept/000003-000007.png")).unwrap()), (None, b"mine".to_vec()));
+    document().check_answer("/api/v1/generate", "post", 200, &job);
 }
 
 #[test]

@@ -20,7 +20,7 @@ use edm2k::backend::cpu::Cpu;
 use edm2k::collective::Alone;
 use edm2k::data::dataset::{Dataset, Split};
 use edm2k::formats::safetensors::{self, Dtype, SafeFile};
-use edm2k::model::{Model, Stored};
+use edm2k::model::{Config, Model, Stored};
 use edm2k::pictures::png::read_text;
 use edm2k::rng::{Purpose, Stream};
 use edm2k::sample::SamplerConfig;
@@ -1121,6 +1121,47 @@ fn settings_that_cannot_be_computed_are_refused() {
         assert!(matches!(refused, TrainError::Setting(_)) && refused.to_string().contains(message), "{refused}");
         assert!(!place.path("refused").exists());
     }
+}
+
+/// The command line sees to it that what a run is made of belongs together; a program is told.
+#[test]
+fn what_does_not_belong_together_is_refused() {
+    let place = Place::new();
+    let (data, validation) = (place.open("data", Split::Train), place.open("data", Split::Validation));
+    let good = Settings { batch: 8, duration: 16, ..settings(&data) };
+    let model = Model::init(&good.config, 0).unwrap();
+    let other = Config { model_channels: 16, ..good.config.clone() };
+    let fourth = Config { img_channels: 4, ..good.config.clone() };
+    let wide = Config { label_dim: good.config.label_dim + 1, ..good.config.clone() };
+    let deep = Config { channel_mult: vec![1, 1, 1, 1, 1], ..good.config.clone() };
+    let of = |config: &Config| (Model::init(config, 0).unwrap(), Settings { config: config.clone(), ..good.clone() });
+    let elsewhere = DataIdentity { ids: good.data.ids ^ 1, ..good.data.clone() };
+    for ((model, settings), message) in [
+        ((Model::init(&other, 0).unwrap(), good.clone()), "the model is of another network than the settings'"),
+        ((model.clone(), Settings { data: elsewhere, ..good.clone() }), "other images than those to train on"),
+        (of(&fourth), "images of 3 channels, and a network for 4"),
+        (of(&wide), "values, and a network for"),
+        (of(&deep), "an image of"),
+    ] {
+        let device = Device::open("cpu").unwrap();
+        let execution = Execution::new(place.path("refused"), &settings, &device);
+        let (splits, stop) = (Splits { train: &data, validation: Some(&validation) }, AtomicBool::new(false));
+        let (settings, execution, event, ranks) = (&settings, &execution, &mut |_: Event| {}, &mut Alone);
+        let training = Training { model, settings, execution, splits, show: None, stop: &stop, event, ranks };
+        let refused = training.run(&device).unwrap_err().to_string();
+        assert!(refused.contains(message), "{refused}; expected {message}");
+        assert!(!place.path("refused").exists());
+    }
+    let missing = std::panic::catch_unwind(|| {
+        let mut model = model.clone();
+        model.weights.pop();
+        model.save(place.path("m.safetensors"), Stored::F16)
+    });
+    assert!(missing.is_err() && !place.path("m.safetensors").exists());
+    let mut named = model;
+    named.meta.vocabulary = vec!["one".into(), "two".into()];
+    let refused = named.save(place.path("m.safetensors"), Stored::F16).unwrap_err().to_string();
+    assert!(refused.contains("2 tags in the vocabulary, expected label_dim = "), "{refused}");
 }
 
 /// Training alone, and the last checkpoint.

@@ -12,7 +12,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 
 use crate::common::place::{self, Place};
-use edm2k::formats::{AtomicFile, Claim, DirLock, LockError, write_atomically};
+use edm2k::formats::{AtomicFile, Claim, DirLock, LockError, write_atomically, write_new};
 use edm2k::model::{Config, Model, Stored};
 
 fn names(dir: &Path) -> Vec<String> {
@@ -106,6 +106,24 @@ fn with_any_number_of_writers_a_path_holds_the_whole_of_one() {
         }
     });
     assert_eq!(names(dir.path()), ["file"]);
+}
+
+#[test]
+fn of_any_number_of_writers_of_a_new_file_one_is_first() {
+    let dir = tempfile::tempdir().unwrap();
+    for round in 0..20 {
+        let path = &dir.path().join(format!("file-{round}"));
+        let wrote = |writer: u8| write_new(path, |out| out.write_all(&vec![writer; 100_000]));
+        let done: Vec<_> = thread::scope(|scope| {
+            let writers: Vec<_> = (1..7).map(|writer| scope.spawn(move || (writer, wrote(writer)))).collect();
+            writers.into_iter().map(|writer| writer.join().unwrap()).collect()
+        });
+        let (first, others): (Vec<_>, Vec<_>) = done.into_iter().partition(|(_, done)| done.is_ok());
+        assert_eq!(first.len(), 1);
+        assert_eq!(fs::read(path).unwrap(), vec![first[0].0; 100_000]);
+        assert!(others.into_iter().all(|(_, why)| why.unwrap_err().kind() == ErrorKind::AlreadyExists));
+    }
+    assert_eq!(names(dir.path()).len(), 20, "{:?}", names(dir.path()));
 }
 
 #[test]

@@ -82,7 +82,8 @@ impl Run {
             }
         }
         if self.damaged_lines > 0 {
-            out!("damaged        {}: {} lines are no statistics", files::STATS, self.damaged_lines);
+            let lines = if self.damaged_lines == 1 { "line is" } else { "lines are" };
+            out!("damaged        {}: {} {lines} no statistics", files::STATS, self.damaged_lines);
         }
         out!("checkpoints    {}{}", self.checkpoints.len(), newest(self.checkpoints.first()));
         self.damaged.iter().for_each(|why| out!("damaged        {why}"));
