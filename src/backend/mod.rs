@@ -108,8 +108,8 @@ pub enum BackendError {
     /// A parameter was given the wrong number of values.
     #[error("parameter {name}: {found} values, expected {expected}")]
     ParamSize { name: String, found: usize, expected: usize },
-    /// The backend was created without training state (gradients, moments, averages).
-    #[error("{0:?} is not held: the network was loaded for sampling only")]
+    /// The backend was created without that: to sample only, or with fewer moving averages.
+    #[error("{0:?} is not held: the network was loaded to sample only, or with fewer moving averages")]
     NotTraining(Slot),
     #[error("{0}")]
     Device(#[from] DeviceError),

@@ -100,6 +100,12 @@ pub struct OptimizerStep<'a> {
 }
 
 impl OptimizerStep<'_> {
+    /// Panics if it is no step of a backend that keeps so many moving averages.
+    pub(super) fn check(&self, averages: usize) {
+        assert!(self.step > 0, "steps are counted from 1");
+        assert_eq!(self.ema_betas.len(), averages, "a decay for each moving average");
+    }
+
     /// The learning rate and the factor of the second moment's root, both with Adam's bias correction.
     pub fn corrected(&self) -> (f64, f64) {
         let power = |beta: f64| 1.0 - beta.powi(self.step.min(i32::MAX as u64) as i32);
@@ -250,5 +256,8 @@ pub trait TrainingBackend: NetworkBackend {
     ///
     /// # Errors
     /// [`BackendError::NotTraining`], or the device's.
+    ///
+    /// # Panics
+    /// If the step's number is 0, or there is not a decay for each moving average.
     fn optimizer_step(&mut self, step: &OptimizerStep) -> Result<StepStats, BackendError>;
 }

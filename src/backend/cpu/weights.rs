@@ -248,6 +248,7 @@ impl<T: Real> Param<T> {
             return Ok(StepStats::default());
         }
         let OptimizerState { grad, stale, m, v, averages } = training;
+        step.check(averages.len());
         if std::mem::replace(stale, true) {
             grad.fill(T::zero());
         }

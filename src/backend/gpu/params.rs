@@ -458,6 +458,7 @@ impl Params {
     pub fn step(&mut self, runtime: &dyn Runtime, step: &OptimizerStep) -> Result<StepStats, BackendError> {
         let turning = self.turning();
         let t = self.training.as_mut().ok_or(BackendError::NotTraining(Slot::Grad))?;
+        step.check(t.emas.len());
         t.scalars.write(0, bytemuck::bytes_of(&StepScalars::new(step)))?;
         if !t.graphs.contains_key(&step.rounds) {
             let mut emas = [DevicePtr::NULL; weights::MAX_EMAS];
