@@ -6,9 +6,11 @@
 //! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE`, `_LOCAL_RANK` | `MASTER_ADDR`; on one machine none is needed |
 //! | Slurm | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS`, `SLURM_LOCALID` | the first of `SLURM_STEP_NODELIST` |
 //!
-//! The first of these whose variables are set counts, and those that say that there is only one rank come last. Where torchrun or Open MPI say that all ranks are on this machine
-//! (`LOCAL_WORLD_SIZE`, `OMPI_COMM_WORLD_LOCAL_SIZE`), they meet at 127.0.0.1, whatever `MASTER_ADDR` is. Otherwise
-//! `MASTER_ADDR` counts under every launcher. So does `MASTER_PORT`, and `EDM2K_PORT` is looked at before it.
+//! The first of these whose variables are set counts; those that say that there is only one rank come last, as they may be
+//! left from a notebook. Where torchrun or Open MPI say that all ranks are on this machine (`LOCAL_WORLD_SIZE`,
+//! `OMPI_COMM_WORLD_LOCAL_SIZE`), they meet at 127.0.0.1, whatever `MASTER_ADDR` is. Otherwise `MASTER_ADDR` counts under
+//! every launcher. So does `MASTER_PORT`, and `EDM2K_PORT` is looked at before it. To run alone within a launcher's step,
+//! unset its variables.
 
 use super::CollectiveError;
 

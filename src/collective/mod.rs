@@ -165,6 +165,16 @@ impl Part {
     pub fn file(self, what: &str) -> String {
         format!("{what}-{}-of-{}.safetensors", self.number + 1, self.of)
     }
+
+    /// Whether some part's file has this name.
+    pub fn is_file(name: &str, what: &str) -> bool {
+        let numbers = || {
+            let (number, of) =
+                name.strip_prefix(what)?.strip_prefix('-')?.strip_suffix(".safetensors")?.split_once("-of-")?;
+            Some(Self { number: number.parse::<usize>().ok()?.checked_sub(1)?, of: of.parse().ok()? })
+        };
+        numbers().is_some_and(|part| part.file(what) == name)
+    }
 }
 
 impl fmt::Display for Part {

@@ -68,11 +68,13 @@ impl AtomicFile {
     /// As [`commit`](Self::commit); [`io::ErrorKind::AlreadyExists`].
     pub fn commit_new(self) -> io::Result<()> {
         self.put(|temporary, path| match fs::hard_link(temporary, path) {
-            Err(why) if why.kind() != io::ErrorKind::AlreadyExists && path.symlink_metadata().is_err() => {
-                fs::rename(temporary, path)
-            }
             // The other name goes.
-            linked => linked.map(|()| drop(fs::remove_file(temporary))),
+            Ok(()) => {
+                drop(fs::remove_file(temporary));
+                Ok(())
+            }
+            Err(_) if path.symlink_metadata().is_ok() => Err(io::ErrorKind::AlreadyExists.into()),
+            Err(_) => fs::rename(temporary, path),
         })
     }
 

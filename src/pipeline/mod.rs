@@ -364,7 +364,8 @@ impl Pipeline {
     }
 
     /// The network by itself, for a solver of one's own: D(x; sigma) of noisy images x [n, height, width, channels] at their
-    /// noise levels sigma `[n]`, each under its condition; without conditions, all under none.
+    /// noise levels sigma `[n]`, each under its condition; without conditions, all under none. Nothing is guided, so negatives
+    /// play no role.
     ///
     /// ```
     /// use edm2k::{Device, Pipeline};
@@ -388,7 +389,8 @@ impl Pipeline {
     /// A size or a condition that the model does not take; the device's.
     ///
     /// # Panics
-    /// If x does not have as many values as the noise levels say, or there is another number of conditions.
+    /// If x does not have as many values as the noise levels say, or there is another number of conditions; if there is no
+    /// noise level, or one that is not above 0.
     pub fn denoise(
         &mut self,
         [height, width]: [usize; 2],
@@ -400,6 +402,7 @@ impl Pipeline {
         config.check_size(height, width).map_err(SampleError::from)?;
         let shape = [n, height, width, config.img_channels];
         assert_eq!(x.len(), shape.iter().product::<usize>(), "values of x [n, height, width, channels]");
+        assert!(n > 0 && sigma.iter().all(|&sigma| sigma > 0.0 && sigma.is_finite()), "noise levels above 0");
         assert!(conditions.is_empty() || conditions.len() == n, "{} conditions of {n} images", conditions.len());
         check_conditions(conditions, config.label_dim)?;
         let labels: Vec<f32> = conditions.iter().flat_map(|condition| condition.values.iter().copied()).collect();

@@ -30,6 +30,8 @@ pub enum OutputError {
     Directory { path: PathBuf },
     #[error("{}: somebody else has made it meanwhile", path.display())]
     Meanwhile { path: PathBuf },
+    #[error("{}: not of these parts; some of them have gone meanwhile", path.display())]
+    Unjoined { path: PathBuf },
     #[error("{}: {why}; remove it, and give the command again", path.display())]
     Picture { path: PathBuf, why: Box<PictureError> },
     #[error("{0}")]
@@ -80,6 +82,8 @@ pub struct OutDir {
     part: Part,
     /// Numbers of its images that are there.
     there: BTreeSet<usize>,
+    /// Whether there is a file of its latents.
+    latents_there: bool,
 }
 
 debug!(OutDir { dir });
@@ -108,7 +112,7 @@ impl OutDir {
             if *count == 1 { format!("{seed:06}") } else { format!("{seed:06}-{count}") }
         });
         let (names, lock, seeds) = (names.collect(), DirLock::shared(dir)?, seeds.into());
-        Ok(Self { dir: dir.into(), overwrite, lock, names, seeds, part, there: BTreeSet::new() })
+        Ok(Self { dir: dir.into(), overwrite, lock, names, seeds, part, there: BTreeSet::new(), latents_there: false })
     }
 
     /// Refuses, before anything is computed, to overwrite the pictures of this part's images, whose numbers are `own` and
@@ -158,10 +162,15 @@ impl OutDir {
             }
             if !self.overwrite && path.symlink_metadata().is_ok() {
                 self.latents(part, images, about).map_err(|why| why.in_the_way(path))?;
-                self.there = own.clone().collect();
+                (self.there, self.latents_there) = (own.clone().collect(), true);
             }
         }
         Ok(())
+    }
+
+    /// Whether the latents of this part, or of all, were there when they were claimed.
+    pub fn had_latents(&self) -> bool {
+        self.latents_there
     }
 
     /// Whether image `number`, one of this part, was there when it was claimed.
@@ -324,13 +333,17 @@ impl OutDir {
     }
 
     /// Joins the latents of all parts to the file that one process would write, and removes theirs, and what is left of
-    /// the same images in another number of parts. Given fewer files than parts, it only removes them: another process has
-    /// joined them.
+    /// the same images in another number of parts. If some files are not there any more, another process has joined them.
     ///
     /// # Errors
-    /// [`OutputError::Latents`]: a damaged part, among others.
+    /// [`OutputError::Latents`]: a damaged part, among others. [`OutputError::Unjoined`].
     pub fn join_latents(&self, parts: Vec<SafeFile>, about: &Value) -> Result<()> {
-        if parts.len() == self.part.of {
+        let images = parts.iter().map(|part| Ok(part.shape("seeds")?[0])).sum::<Result<usize>>()?;
+        if images < self.seeds.len() {
+            // What is removed below must be in the file of all.
+            let all = self.latents(Part::WHOLE, 0..self.seeds.len(), about);
+            all.map_err(|_| OutputError::Unjoined { path: self.latents_path() })?;
+        } else {
             let mut joined = Vec::new();
             for name in ["latents", "seeds", "steps"] {
                 // A part without images has no steps.
@@ -349,12 +362,12 @@ impl OutDir {
         let ours = about.to_string();
         let is_part = |path: &PathBuf| {
             let Ok(file) = SafeFile::open(path) else { return false };
-            let seeds = file.i64("seeds").unwrap_or_default();
+            let Ok(seeds) = file.i64("seeds") else { return false };
             let among = |own: &[u64]| own.iter().copied().eq(seeds.iter().map(|&seed| seed as u64));
             file.metadata().get("edm2k") == Some(&ours)
                 && (seeds.is_empty() || self.seeds.windows(seeds.len()).any(among))
         };
-        for name in names(&self.dir).at(&self.dir)?.into_iter().filter(|name| name.starts_with("latents-")) {
+        for name in names(&self.dir).at(&self.dir)?.into_iter().filter(|name| Part::is_file(name, "latents")) {
             // Another process may have removed it already.
             drop(Some(self.dir.join(name)).filter(is_part).map(fs::remove_file));
         }

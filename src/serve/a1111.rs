@@ -301,6 +301,7 @@ async fn set_options(State(app): App, Input(settings): Input<WebUiOptions>) -> R
     if let Some(name) = settings.sd_model_checkpoint {
         app.chosen.store(chosen(&app, Some(&name))?.0, Ordering::Relaxed);
     }
-    let ignored: Vec<_> = settings.others.keys().collect();
+    let ignored: Vec<_> =
+        settings.others.iter().filter(|(_, value)| says_something(value)).map(|(key, _)| key).collect();
     Ok(Json(if ignored.is_empty() { json!({}) } else { json!({"ignored": ignored}) }))
 }

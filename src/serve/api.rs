@@ -1,8 +1,6 @@
 //! The API under /api/v1, as `openapi.json` describes it.
 
 use std::convert::Infallible;
-use std::error::Error;
-use std::iter::successors;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -113,9 +111,8 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Refusal> {
         let read = extract::Query::try_from_uri(&parts.uri).map(|extract::Query(read)| Self(read));
         read.map_err(|error| {
-            // The innermost error is about the field, those around it about axum.
-            let causes = successors(Some(&error as &dyn Error), |&error| error.source());
-            Refusal::Invalid(format!("behind ?: {}", causes.last().map_or(String::new(), ToString::to_string)))
+            let text = error.to_string();
+            Refusal::Invalid(text.replacen("Failed to deserialize query string", "behind ?", 1))
         })
     }
 }

@@ -140,18 +140,20 @@ impl Runs {
     /// # Errors
     /// There is no such run, or it cannot be read.
     pub fn stats(&self, name: &str, from: u64) -> Result<Stats, Refusal> {
-        let text = read(&self.find(name)?.join(STATS))?;
+        let (length, text) = end(&self.find(name)?.join(STATS))?;
+        let begin = length - text.len() as u64;
         // A restarted run drops the lines that are newer than its checkpoint.
-        let anew = from > text.len() as u64;
-        let from = if anew { 0 } else { from as usize };
+        let anew = from > length;
+        let from = if anew { begin } else { from.max(begin) };
         // A line counts once its end is there.
-        let end = text.iter().rposition(|&byte| byte == b'\n').map_or(from, |at| (at + 1).max(from));
-        let points = points(&text[from..end]);
+        let new = &text[(from - begin) as usize..];
+        let whole = new.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+        let (points, end) = (points(&new[..whole]), from + whole as u64);
         let (checks, curve): (Vec<_>, Vec<_>) = points.into_iter().partition(|p| p.get("validation_loss").is_some());
         let every = curve.len().div_ceil(MAX_POINTS).max(1);
         let last = curve.len().wrapping_sub(1);
         let curve = curve.into_iter().enumerate().filter(|(i, _)| i % every == 0 || *i == last).map(|(_, point)| point);
-        Ok(Stats { points: curve.chain(checks).collect(), next: end as u64, anew })
+        Ok(Stats { points: curve.chain(checks).collect(), next: end, anew })
     }
 
     /// A sample grid, as PNG.
@@ -178,14 +180,14 @@ fn read(path: &Path) -> Result<Vec<u8>, Refusal> {
     input::read(path, MAX_BYTES).map_err(|error| failed(path, &error))
 }
 
-/// The last bytes of a file.
-fn end(path: &Path) -> Result<Vec<u8>, Refusal> {
+/// The length of a file, and its last bytes.
+fn end(path: &Path) -> Result<(u64, Vec<u8>), Refusal> {
     let read = || {
         let (mut file, mut bytes) = (input::open(path)?, Vec::new());
-        let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(MAX_BYTES)))?;
+        let begin = file.metadata()?.len().saturating_sub(MAX_BYTES);
+        file.seek(SeekFrom::Start(begin))?;
         file.take(MAX_BYTES).read_to_end(&mut bytes)?;
-        Ok(bytes)
+        Ok((begin + bytes.len() as u64, bytes))
     };
     read().map_err(|error| failed(path, &error))
 }
@@ -225,8 +227,8 @@ fn duration(dir: &Path) -> Option<u64> {
 impl Run {
     fn read(name: &str, dir: &Path) -> Result<Self, Refusal> {
         let stats = dir.join(STATS);
-        // The end of a long file says it all.
-        let points = points(&end(&stats)?);
+        // The end of a long file says enough.
+        let points = points(&end(&stats)?.1);
         let of = |key: &'static str| points.iter().filter_map(move |point| point.get(key)?.as_f64());
         let last = |key| of(key).next_back();
         let nimg = points.iter().filter_map(|point| point["nimg"].as_u64()).max().unwrap_or(0);

@@ -24,6 +24,11 @@ pub(super) fn check(model: &Model, settings: &Settings, splits: Splits) -> Resul
         return mismatch("the model is of another network than the settings'".into());
     }
     config.check_size(model.meta.height, model.meta.width)?;
+    let tags = model.meta.vocabulary.len();
+    if tags > 0 && tags != config.label_dim {
+        return mismatch(format!("{tags} tags in the model's vocabulary, and a network for {}", config.label_dim));
+    }
+    model.meta.tags().map_err(|cause| TrainError::Mismatch(cause.to_string()))?;
     if settings.data != DataIdentity::of(splits.train) {
         return mismatch("the settings are for other images than those to train on".into());
     }

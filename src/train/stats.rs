@@ -80,8 +80,10 @@ pub fn latest(path: &Path) -> io::Result<(Map<String, Value>, usize)> {
             latest.retain(|_, value| value.is_number());
             return Ok((latest, others));
         }
+        let unfinished = !line.ends_with(b"\n") && str::from_utf8(&line).is_ok_and(begins_a_line);
         match serde_json::from_slice(&line) {
             Ok(Value::Object(values)) if values.contains_key("nimg") => latest.extend(values),
+            _ if unfinished || line.trim_ascii().is_empty() => {}
             _ => others += 1,
         }
     }

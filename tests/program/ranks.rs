@@ -244,6 +244,50 @@ fn a_rank_that_is_at_other_work_when_one_is_lost_is_told_too() {
 }
 
 #[test]
+fn a_rank_with_work_of_its_own_may_end_that_when_another_is_lost() {
+    // (whether it waits for the other, how long it may go on otherwise, how long it lives)
+    for (waits, alone, lives) in [(true, 60, 9..13), (false, 14, 13..18)] {
+        let (sender, told) = std::sync::mpsc::channel();
+        let port = free_port();
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                let tell = move |who: &str| drop(sender.send(who.to_owned()));
+                let patience = Patience { alone: Duration::from_secs(alone), ..patience(20, None) };
+                let ranks = Star::join(world(0, 2, port), patience, &mut |_| {}, tell).unwrap();
+                if waits {
+                    ranks.waits();
+                }
+                let begun = Instant::now();
+                told.recv_timeout(Duration::from_secs(30)).unwrap();
+                assert!(lives.contains(&begun.elapsed().as_secs()), "{waits}: {:?}", begun.elapsed());
+            });
+            scope.spawn(move || drop(join(world(1, 2, port), 20).unwrap()));
+        });
+    }
+}
+
+#[test]
+fn ranks_say_for_whom_they_wait() {
+    let port = free_port();
+    thread::scope(|scope| {
+        let rank = |number| {
+            let mut said = String::new();
+            let met = Star::join(world(number, 3, port), patience(30, None), &mut |text| said += text, |_| {});
+            (met.unwrap(), said)
+        };
+        let first = scope.spawn(move || rank(0));
+        let second = scope.spawn(move || rank(1));
+        sleep(Duration::from_secs(7));
+        let third = rank(2);
+        let (first, second) = (first.join().unwrap(), second.join().unwrap());
+        let place = format!("at 127.0.0.1:{port}");
+        assert_eq!(first.1, format!("waiting {place} for rank 2 (the test says that there are 3 ranks)"));
+        assert_eq!(second.1, format!("waiting for the others {place} (the test says that there are 3 ranks)"));
+        assert_eq!(third.1, "");
+    });
+}
+
+#[test]
 fn who_is_at_work_is_waited_for_unless_all_have_as_much_to_do() {
     for longest in [None, Some(2)] {
         let port = free_port();
@@ -1041,12 +1085,21 @@ fn ranks_and_parts_make_the_latents_that_one_process_makes() {
         assert!(files(&place.path(&name("parts"))) != expected);
         fs::write(&path, weights).unwrap();
 
-        // More parts than batches: the first has no image.
-        for number in 1..=6 {
-            let line = sample(&name("many"), &format!("{steps} --part {number}/6"));
-            succeed(&mut place.rank(0, 1, 0, &line));
+        // More parts than batches: the first has no image, and need not be begun.
+        for (out, parts) in [("many", 1..=6), ("few", 2..=6)] {
+            for number in parts {
+                let line = sample(&name(out), &format!("{steps} --part {number}/6"));
+                succeed(&mut place.rank(0, 1, 0, &line));
+            }
+            same(out);
+            // A copy that somebody made is no file of a part, though it begins like one.
+            let [all, copy] =
+                ["latents", "latents-copy"].map(|file| place.path(&name(out)).join(file).with_extension("safetensors"));
+            fs::copy(all, &copy).unwrap();
+            succeed(&mut place.rank(0, 1, 0, &sample(&name(out), &format!("{steps} --part 3/6 --overwrite"))));
+            fs::remove_file(copy).unwrap();
+            same(out);
         }
-        same("many");
     }
 
     // Parts that keep their steps are none of those that keep none, nor is a row of images that leads to another seed.

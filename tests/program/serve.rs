@@ -441,7 +441,7 @@ fn what_cannot_be_drawn_is_refused_with_what_is_wrong() {
             "/sdapi/v1/progress?skip_current_image=no",
             "/sdapi/v1/progress",
             422,
-            "behind ?: \"no\", expected true or false",
+            "behind ?: skip_current_image: \"no\", expected true or false",
         ),
     ] {
         let said = server.get(path).expect(status);

@@ -291,7 +291,7 @@ impl Fprop {
     /// Writes y [n, h, w, cout]; and where `act` is given, mp_silu(factor * y) to its address. x [n, h, w, ca] and skip
     /// [n, h, w, cb] are what the convolution multiplies. Where the operand goes through `mp_silu`, pass the activated
     /// tensors. Where it does not, the scales of `mp_cat` are in `weight` `[cout][taps][ca + cb]`. Beside that and y,
-    /// `memory` has `partial` of [`Fprop::scratch_bytes`] and `arrived` of [`ARRIVED_BYTES`].
+    /// `memory` has `partial` of [`Fprop::scratch_bytes`] and `arrived` of [`ARRIVED_BYTES`]; the rest of it is zeros.
     pub fn launch(
         &self,
         (x, skip): (DevicePtr, Option<DevicePtr>),
@@ -452,7 +452,8 @@ impl Dgrad {
     /// [n, h, w, cout], plus `acc_factor` times acc_x and acc_skip of the same shapes (which may be gx and gskip). `turned`
     /// `[ca + cb][taps][cout]` is the weight transposed, with its taps in reverse. Where the scales of the inputs are
     /// in it, those of `inputs` must be 1. With [`Through::Linear`] the tensors of `inputs` are not read. `memory` has
-    /// these, gain and acc_factor, `partial` of [`Dgrad::scratch_bytes`] and `arrived` of [`ARRIVED_BYTES`].
+    /// these, gain and acc_factor, `partial` of [`Dgrad::scratch_bytes`] and `arrived` of [`ARRIVED_BYTES`]; the rest of it is
+    /// zeros.
     pub fn launches(&self, inputs: ConvInputs, through: Through, memory: ConvDgrad) -> Result<Vec<Launch>, ConvError> {
         let (shape, Choice { tile, splits, steps_per_split }) = (&self.shape, self.kernel.choice);
         let (skip, skip_scale) = inputs.check(shape)?;

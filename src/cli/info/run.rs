@@ -72,7 +72,9 @@ impl Run {
         match &self.state {
             Some(state) => show_state(state),
             None => {
-                let images = self.latest.get("nimg").map_or("an unknown number of".into(), Value::to_string);
+                let nothing = self.snapshots.is_empty() && self.damaged_lines == 0;
+                let unknown = if nothing { "0" } else { "an unknown number of" };
+                let images = self.latest.get("nimg").map_or(unknown.into(), Value::to_string);
                 out!("trained on     {images} images, and no whole checkpoint to go on from");
             }
         }

@@ -182,7 +182,7 @@ pub fn draw(mut resolved: Resolved, args: &SampleArgs, out: &OutDir, ranks: &mut
     let shown = if *kept == OutputKind::Latents { request.seeds.len() } else { pictures.len() };
     let mut about = about_several(&resolved, args, shown);
     let target = if *kept == OutputKind::Latents {
-        if !images_of(*part, request).all(|number| out.had(number)) {
+        if !out.had_latents() {
             out.save_latents(&latents, &latent_steps, shape, &about)?;
         }
         drop((latents, latent_steps));
@@ -284,7 +284,8 @@ impl Parts<'_> {
             let own = images_of(part, request);
             match out.latents(part, own.clone(), about) {
                 Ok(file) => files.push(file),
-                Err(_) if is_joined() => {}
+                // There may be more parts than batches.
+                Err(_) if own.is_empty() || is_joined() => {}
                 Err(why) => return own.map(|number| (number, why.clone())).collect(),
             }
             Vec::new()

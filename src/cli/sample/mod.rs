@@ -324,10 +324,6 @@ fn resolve(args: &SampleArgs, ranks: &mut Ranks) -> anyhow::Result<Resolved> {
         (true, false) => OutputKind::Pictures,
     };
     let per_condition = usize::from(args.per_condition);
-    ensure!(
-        !conditions.is_empty() || seeds.len() == per_condition || per_condition == 1,
-        "--per-condition {per_condition}: there is no condition; --seeds says how many images there are"
-    );
     let (size, batch) = (args.size, args.batch.into());
     let mut request = Request { conditions, per_condition, seeds, size, sampler, batch, ..Request::default() };
     if let Some(count) = args.interpolate {
