@@ -47,7 +47,7 @@ measured in the same run.";
 #[command(after_help = EXAMPLES)]
 pub struct BenchArgs {
     /// Network to measure.
-    #[arg(long, default_value = "1girl-xs", value_name = "NAME")]
+    #[arg(long, default_value = "1girl-xs", value_name = "NAME", conflicts_with = "model")]
     pub preset: String,
     /// Size of the image or latent [default: the preset's].
     #[arg(long, value_name = "WxH", value_parser = super::parse_size)]

@@ -16,7 +16,7 @@ use edm2k::memory;
 use edm2k::onnx::{FeatureTensor, OnnxNetwork};
 use edm2k::pictures::bicubic::resize;
 use edm2k::pictures::{Picture, decode};
-use edm2k::pipeline::{Condition, Domain, OutDir, Pipeline, Request, Viewer};
+use edm2k::pipeline::{Condition, Domain, OutDir, Pipeline, Request, Viewer, learned_from};
 use edm2k::rng::{Purpose, Stream};
 use edm2k::sample::SamplerConfig;
 
@@ -211,7 +211,10 @@ impl References<'_> {
             args.sampler.without_guide(&mut self.sampler).iter().for_each(|text| note!("{text}"));
         }
         let dir = args.data.display();
-        Domain::of_dataset(&self.data).check_given(&dir, &pipeline.domain(), model.display())?;
+        let (theirs, ours) = (Domain::of_dataset(&self.data), pipeline.domain());
+        theirs.check_given(&dir, &ours, model.display())?;
+        let unknown = theirs.doubt(&dir, &ours, model.display()).filter(|_| !learned_from(pipeline.meta(), &args.data));
+        unknown.iter().for_each(|warning| note!("warning: {warning}"));
         let count = args.count as usize;
         let numbers: Vec<usize> = (0..count.min(args.batch.into())).collect();
         for size in self.data.sizes() {

@@ -173,6 +173,9 @@ fn make(args: PrepareArgs, ranks: &mut Ranks) -> anyhow::Result<()> {
         part == Part::WHOLE || !(args.add || args.retag),
         "--add and --retag are done by one process, without a launcher"
     );
+    if args.retag && args.vae.is_some() {
+        ranks.warn("--vae does nothing with --retag, which encodes nothing");
+    }
     let (records, settings) = wanted(&args, part);
     may_be_dataset(&args.out, args.images.as_deref().or(args.danbooru.as_deref()))?;
     if ranks.size() > 1 {

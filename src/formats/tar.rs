@@ -47,6 +47,9 @@ pub enum TarError {
     Damaged { path: PathBuf, at: u64, what: String },
 }
 
+/// The most bytes of zeros behind the end of an archive.
+const PADDING: u64 = 1 << 20;
+
 /// Calls `visit` with each regular file of an archive, in order. A hard link to a member before it is such a file too.
 ///
 /// # Errors
@@ -71,6 +74,12 @@ pub fn index(path: &Path, visit: &mut dyn FnMut(Member)) -> Result<(), TarError>
         archive.seek(SeekFrom::Start(at)).at(path)?;
         archive.read_exact(&mut header).at(path)?;
         if header.iter().all(|&b| b == 0) {
+            // Programs pad an archive by some KiB. A download that has not ended may have been given its whole length.
+            let mut rest = Vec::new();
+            (&mut archive).take(PADDING + 1).read_to_end(&mut rest).at(path)?;
+            if rest.len() as u64 > PADDING || rest.iter().any(|&b| b != 0) {
+                return Err(damaged(format!("zeros end it, but {} bytes follow", length - at - BLOCK)));
+            }
             break;
         }
         // The checksum's own bytes count as spaces.

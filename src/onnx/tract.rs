@@ -97,6 +97,11 @@ pub fn open(path: &Path, wanted: FeatureTensor, size: Option<[usize; 2]>) -> Res
     if graph.node.len() > MAX_NODES {
         return Err(OnnxError::TooLong { path: path.into(), nodes: graph.node.len() });
     }
+    // Most operators of tract's make a number of a NaN, so it would not be seen in the features.
+    if let Some(bad) = graph.initializer.iter().find(|tensor| has_nan(tensor)) {
+        let what = format!("tensor {}: found NaN, expected numbers", printable(&bad.name));
+        return Err(OnnxError::Damaged { path: path.into(), what });
+    }
     check_numbers(&graph).map_err(|what| OnnxError::Damaged { path: path.into(), what })?;
     let has = |operators: &[&str]| graph.node.iter().any(|node| operators.contains(&&*node.op_type));
     let slices = has(&["Slice", "Split"]) && has(&["Conv"]);
@@ -276,6 +281,23 @@ fn runnable(typed: TypedModel, shape: &[usize], slices: bool) -> Result<Runnable
 
 /// Relative difference of what is computed in another order.
 const SAME: f64 = 1e-3;
+
+/// Whether a weight in the file is no number. Infinities may be meant, as in masks. Weights in files beside it are not read.
+fn has_nan(tensor: &TensorProto) -> bool {
+    let raw = &tensor.raw_data;
+    match DataType::try_from(tensor.data_type) {
+        Ok(DataType::Float) => {
+            tensor.float_data.iter().any(|x| x.is_nan())
+                || raw.as_chunks().0.iter().any(|&x| f32::from_le_bytes(x).is_nan())
+        }
+        Ok(DataType::Double) => {
+            tensor.double_data.iter().any(|x| x.is_nan())
+                || raw.as_chunks().0.iter().any(|&x| f64::from_le_bytes(x).is_nan())
+        }
+        Ok(DataType::Float16) => raw.as_chunks().0.iter().any(|&x| half::f16::from_le_bytes(x).is_nan()),
+        _ => false,
+    }
+}
 
 fn permutes(node: &NodeProto) -> bool {
     node.attribute.iter().filter(|attribute| attribute.name == "perm").all(|attribute| {

@@ -240,6 +240,10 @@ impl Pipeline {
                 return Err(other);
             }
             self.warnings.push(other.to_string());
+        } else {
+            let meaning = Meaning { conditioning: Some(theirs), tags: Vec::new() };
+            let (theirs, shown) = (Domain::of_conditions(found, meaning), path.as_ref().display());
+            self.warnings.extend(theirs.doubt(shown, &self.domain(), self.path.display()));
         }
         self.tagger = Some(tagger);
         Ok(self)

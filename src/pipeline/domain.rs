@@ -100,8 +100,23 @@ impl Domain {
         all.find(|what| !matches!(what, Mismatch::NoConditions { .. })).map_or(Ok(()), Err)
     }
 
-    /// A warning, if both are of features and nobody knows whether one network made them.
+    /// A warning, if both are of features and nobody knows whether one network made them; or if one is of tags, and nobody
+    /// said what the places of the other's conditions mean, as is usual of classes.
     pub fn doubt(&self, name: impl Display, other: &Self, other_name: impl Display) -> Option<String> {
+        let named = |domain: &Self| !domain.meaning.tags.is_empty();
+        let nameless = |domain: &Self| {
+            let features = matches!(domain.meaning.conditioning, Some(Conditioning::Features { .. }));
+            domain.width > 0 && !named(domain) && !features
+        };
+        if let Some((nameless, named)) = match (self, other) {
+            (a, b) if nameless(a) && named(b) => Some((name.to_string(), other_name.to_string())),
+            (a, b) if named(a) && nameless(b) => Some((other_name.to_string(), name.to_string())),
+            _ => None,
+        } {
+            return Some(format!(
+                "{nameless}: nothing says what its conditions mean (classes?), those of {named} are tags"
+            ));
+        }
         let anonymous = |domain: &Self| match &domain.meaning.conditioning {
             Some(Conditioning::Features { source, fingerprint, .. }) => {
                 Some(source.is_empty() && fingerprint.is_none())

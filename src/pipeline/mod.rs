@@ -188,6 +188,7 @@ impl Pipeline {
         self.warnings.append(&mut guide.doubts);
         let theirs = Domain::of_model(&guide.net.config, &guide.meta);
         theirs.check_guide(path.display(), &self.domain(), self.path.display())?;
+        self.warnings.extend(theirs.doubt(path.display(), &self.domain(), self.path.display()));
         let [found, expected] = [&guide.meta, &self.meta].map(|meta| format!("{}x{}", meta.width, meta.height));
         if found != expected {
             let (path, model) = (path.display(), self.path.display());

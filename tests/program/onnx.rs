@@ -408,6 +408,14 @@ fn bad_files_are_refused_in_a_line() {
             "node /Expand: ConstantOfShape [1048576, 1048576, 1048576], larger than any image",
         ),
         (
+            "nan",
+            changed(&|graph| {
+                graph.weights[1] = tensor("core_model.stem.bias", &[6], &[0.0, 0.0, f32::NAN, 0.0, 0.0, 0.0])
+            }),
+            FeatureTensor::Pooled,
+            "a damaged ONNX file: tensor core_model.stem.bias: found NaN, expected numbers",
+        ),
+        (
             "celu",
             changed(&|graph| {
                 graph.nodes[2] = node("/Celu", "Celu", &["conv"], "relu").message(5, float("alpha", 0.5));

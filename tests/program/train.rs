@@ -1133,7 +1133,7 @@ fn what_does_not_belong_together_is_refused() {
     let other = Config { model_channels: 16, ..good.config.clone() };
     let fourth = Config { img_channels: 4, ..good.config.clone() };
     let wide = Config { label_dim: good.config.label_dim + 1, ..good.config.clone() };
-    let deep = Config { channel_mult: vec![1, 1, 1, 1, 1], ..good.config.clone() };
+    let deep = Config { img_resolution: 32, channel_mult: vec![1, 1, 1, 1, 1], ..good.config.clone() };
     let of = |config: &Config| (Model::init(config, 0).unwrap(), Settings { config: config.clone(), ..good.clone() });
     let elsewhere = DataIdentity { ids: good.data.ids ^ 1, ..good.data.clone() };
     for ((model, settings), message) in [

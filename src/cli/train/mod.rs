@@ -352,6 +352,12 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     }
     check_memory(args, &config, data, on_gpu)?;
     let model = model(args, data, &config, init, &mut notes)?;
+    if decay_does_nothing(args, preset.as_ref()) {
+        notes.push("warning: --decay does nothing with --schedule linear".to_owned());
+    }
+    if args.vae.is_some() && args.grid == Some(0) {
+        notes.push("warning: --vae does nothing with --grid 0".to_owned());
+    }
     let kind = data.header().kind;
     if kind == Representation::Latents && args.grid != Some(0) && args.vae.is_none() {
         notes.push("no sample grids: the images are latents, and there is no --vae to show them".to_owned());
@@ -390,6 +396,12 @@ fn resolve(args: &TrainArgs, data: &Dataset, device: &Device, ranks: usize) -> a
     }
     execution.validate()?;
     Ok(Resolved { settings, execution, model, notes })
+}
+
+/// Whether a --decay is given that the schedule has no use for.
+fn decay_does_nothing(args: &TrainArgs, preset: Option<&Preset>) -> bool {
+    let usual = if preset.is_some_and(|preset| preset.recipe.is_some()) { Schedule::Linear } else { Schedule::Edm2 };
+    args.decay.is_some() && args.schedule.unwrap_or(usual) == Schedule::Linear
 }
 
 /// What to say of how a run deals with conditions.

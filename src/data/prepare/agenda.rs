@@ -350,7 +350,10 @@ pub(super) fn check_some_settings(
     let show = |settings: &Map<String, Value>, key: &String| match settings.get(key) {
         Some(Value::String(text)) => text.clone(),
         Some(other) => match serde_json::from_value::<Identity>(other.clone()) {
-            Ok(file) => file.to_string(),
+            Ok(file) => match other.get("node").and_then(Value::as_str) {
+                Some(node) => format!("{file}, tensor {node}"),
+                None => file.to_string(),
+            },
             Err(_) => other.to_string(),
         },
         None => "none".into(),

@@ -225,7 +225,7 @@ pub fn retag(records: &dyn Records, settings: &Settings, report: Report) -> Resu
     let conditions = Conditions::open(&settings.conditions)?;
     let mut listing = listed(records, settings, report)?;
     let places: HashMap<i64, usize> = listing.records.iter().enumerate().map(|(i, record)| (record.id, i)).collect();
-    all_have(&there, records.metadata(), "no record", |id| places.contains_key(&id))?;
+    all_have(&there, records.metadata(), "no usable record", |id| places.contains_key(&id))?;
     if let (Conditions::Known(features), ConditionInput::Features { path, .. }) = (&conditions, &settings.conditions) {
         all_have(&there, path, "no feature", |id| features.get(id).is_some_and(|values| feature(values).is_ok()))?;
     }
