@@ -232,14 +232,18 @@ impl Config {
         Ok(())
     }
 
-    /// The fewest bytes that a forward pass of `images` holds at once: the image, what the first level works on, and
-    /// what the encoder keeps for the decoder, in f32.
+    /// The fewest bytes that a forward pass of `images` holds at once on a CPU: the image, what the first level works on,
+    /// what the encoder keeps for the decoder, and the scores of one head of attention, in f32.
     pub fn forward_bytes(&self, images: usize, height: usize, width: usize) -> u128 {
         let pixels = |level: usize| (height as u128 * width as u128) >> (2 * level);
         let kept = self.level_channels().into_iter().enumerate();
         let kept: u128 = kept.map(|(level, c)| pixels(level) * c as u128 * (self.num_blocks as u128 + 1)).sum();
         let first = pixels(0) * (4 * self.img_channels + 2 * self.level_channels()[0]) as u128;
-        4 * images as u128 * (first + kept)
+        // The deepest level always attends, between encoder and decoder.
+        let attends = |level: &usize| self.attn_resolutions.contains(&(self.img_resolution >> level));
+        let deepest = self.channel_mult.len() - 1;
+        let tokens = pixels((0..deepest).find(attends).unwrap_or(deepest));
+        4 * (images as u128 * (first + kept) + tokens * tokens)
     }
 
     /// As [`Config::check_size`], of sizes [height, width].
