@@ -882,7 +882,7 @@ fn tags_and_conditions_are_changed_without_the_pictures() {
         assert!(files(&out) == there);
     };
     fs::write(&metadata, lines[3..].join("\n")).unwrap();
-    refused(&other, &settings, "other.jsonl: no record for 3 images of the dataset, such as id ");
+    refused(&other, &settings, "other.jsonl: no usable record for 3 images of the dataset, such as id ");
     write_features(shop.dir.path(), &ids[1..], 6, &values[6..], None);
     refused(&shop.folder(), &with, "full.safetensors: no feature for 1 images of the dataset, such as id -20");
     refused(
