@@ -193,6 +193,13 @@ fn what_is_wrong_with_an_archive_is_said_with_the_place() {
     let mut changed = good.clone();
     changed[1536 + 3] ^= 1;
     says(&changed, "damaged at byte 1536: no header (its checksum is wrong)");
+    // A hole, and a download that was given its whole length before its content.
+    let mut hole = good.clone();
+    hole[1536..2048].fill(0);
+    says(&hole, "damaged at byte 1536: zeros end it, but 2048 bytes follow");
+    let padded = [&good[..], &[0; 100_000]].concat();
+    assert_eq!(members(&padded).unwrap().len(), 2);
+    says(&[&good[..], &vec![0; 2 << 20]].concat(), "damaged at byte 3072: zeros end it, but 2097664 bytes follow");
     let mut number = header("1.png", 0, b'0');
     number.as_mut_bytes()[124..136].copy_from_slice(b"many bytes\0\0");
     number.set_cksum();

@@ -1,6 +1,6 @@
 //! Sockets between ranks. Every rank has two to rank 0: one for messages, and one by which the two watch each other.
 //!
-//! [`meeting`] says how they come together, and [`watch`] how each learns that another is lost.
+//! `meeting` says how they come together, and `watch` how each learns that another is lost.
 //!
 //! **Summing**, by [`Collective`] for [`Star`], is for tests on one machine: every value goes through rank 0, which
 //! adds them up in the order of the ranks and sends all the same bits. On N ranks that is 8 (N - 1) bytes a value
