@@ -155,9 +155,9 @@ fn opened(args: &EvalArgs, ranks: &Ranks) -> anyhow::Result<(Model, Dataset)> {
     let (config, dir) = (&model.net.config, args.data.display());
     let (theirs, ours) = (Domain::of_dataset(&data), Domain::of_model(config, &model.meta));
     theirs.check_given(&dir, &ours, args.model.display())?;
+    config.check_sizes(&data.sizes()).with_context(|| dir.to_string())?;
     let unknown = theirs.doubt(&dir, &ours, args.model.display()).filter(|_| !learned_from(&model.meta, &args.data));
     unknown.iter().for_each(|warning| ranks.warn(warning));
-    config.check_sizes(&data.sizes()).with_context(|| dir.to_string())?;
     Ok((model, data))
 }
 
